@@ -1,0 +1,25 @@
+"""The Share-Captioner: the whole model learns dense captions from one fixed prompt (spec 2).
+
+The original's captioner is an InternLM-XComposer; its training code was never released. This is the
+same job on this architecture, starting from a pre-trained model.
+"""
+
+from ml_collections import ConfigDict
+from sg4v_jax.configs import common
+
+PROMPT = "Analyze the image in a comprehensive and detailed manner."
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+    """`7b`, `13b` or `tiny`."""
+    config = common.base(size)
+    config.stage = "captioner"
+    common.add_source(config, "cap_dense")
+    config.data.prompt = PROMPT
+    if size == "tiny":
+        # From scratch, so the embeddings below the blocks learn as well.
+        config.optim.groups = ((common.ABOVE_BLOCKS, None), (".*", 1.0))
+    else:
+        config.model.vision.tuned_from = 12
+        config.optim.groups = ((common.BELOW_BLOCKS, None), (common.ABOVE_BLOCKS, None), (".*", 1.0))
+    return config

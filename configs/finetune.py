@@ -1,0 +1,15 @@
+"""Stage 2: projector and decoder learn to follow instructions; the vision tower is frozen (spec 4.2)."""
+
+from ml_collections import ConfigDict
+from sg4v_jax.configs import common
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+    """`7b`, `13b` or `tiny`."""
+    config = common.base(size)
+    config.stage = "finetune"
+    common.add_source(config, "sft_mix")
+    # All blocks that are computed, so none keeps activations or gradients.
+    config.model.vision.tuned_from = config.model.vision.num_layers - 1
+    config.optim.groups = (("vision/.*", None), (".*", 1.0))
+    return config

@@ -1,0 +1,21 @@
+"""Stage 1: projector, decoder and the vision tower from block 12 learn from dense captions (spec 4.1)."""
+
+from ml_collections import ConfigDict
+from sg4v_jax.configs import common
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+    """`7b`, `13b` or `tiny`."""
+    config = common.base(size)
+    config.stage = "pretrain"
+    common.add_source(config, "share_captioner")
+    config.data.template = "plain"
+    config.data.aspect = "square"
+    config.data.batch_size = 256 if size != "tiny" else config.data.batch_size
+    config.model.vision.tuned_from = 12 if size != "tiny" else 2
+    config.optim.groups = (
+        (common.BELOW_BLOCKS, None),
+        (common.ABOVE_BLOCKS, None),
+        (".*", 1.0),
+    )
+    return config

@@ -1,0 +1,69 @@
+"""Packaging of sg4v_jax.
+
+The bounds name what the test suite passes on: Python 3.11 resolves to JAX 0.10,
+Python 3.12 and newer to JAX 0.12.
+"""
+
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+ABOUT: dict[str, str] = {}
+exec((ROOT / "sg4v_jax" / "version.py").read_text(), ABOUT)
+
+CORE = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "tensorflow-datasets>=4.9.10,<5",
+    "grain>=0.2.18,<0.3",
+    "array_record>=0.8.1,<0.9",
+    "sentencepiece>=0.2.1,<0.3",
+    "ml_collections>=1.1.0,<2",
+    "absl-py>=2.1",
+    "numpy>=2.0,<3",
+    "pillow>=11,<14",
+    "safetensors>=0.5,<1",
+    "etils[epath]>=1.9",
+    # tensorflow-datasets needs it on every Python but declares it only for <3.9.
+    "importlib_resources>=6",
+    "jaxtyping>=0.3,<0.4",
+    "tqdm>=4.66",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
+    "serve": ["fastapi>=0.110", "uvicorn>=0.30"],
+    "openai": ["openai>=1.60"],
+    # What the tests compare against; none of it is needed to run the library.
+    "test": [
+        "pytest>=8",
+        "ruff>=0.9",
+        "mypy>=1.13",
+        "beartype>=0.19",
+        "hypothesis>=6",
+        "mistral-common>=1.5",
+        "torch==2.13.0",
+        "transformers>=5,<6",
+    ],
+}
+
+setuptools.setup(
+    name="sg4v_jax",
+    version=ABOUT["__version__"],
+    description="ShareGPT4V on JAX: caption, train, chat, evaluate and convert, on TPU pods",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*setuptools.find_packages(include=["sg4v_jax", "sg4v_jax.*"]), "sg4v_jax.configs"],
+    # configs/ stays at the top of the repository, and is installed with the package.
+    package_dir={"sg4v_jax.configs": "configs"},
+    package_data={"sg4v_jax.world": ["photos/*"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["sg4v=sg4v_jax.__main__:main"]},
+)

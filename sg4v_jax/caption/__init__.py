@@ -1,0 +1,1 @@
+"""Bulk captioning of an image corpus."""

@@ -1,0 +1,1 @@
+"""Checkpoints in and out: Orbax, Hugging Face LLaVA, original share4v."""

@@ -1,0 +1,1 @@
+"""Input: records, text, images, packing and the loader."""

@@ -1,0 +1,1 @@
+"""Attention and other fused maths, behind one entry point each."""

@@ -1,0 +1,1 @@
+"""The model: CLIP ViT, projector and LLaMA decoder as NNX parameter containers."""

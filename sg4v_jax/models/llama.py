@@ -1,0 +1,211 @@
+"""LLaMA decoder with grouped-query attention and a KV cache (Touvron et al. 2023; spec 3.1)."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sg4v_jax.kernels.attention import attention
+from sg4v_jax.models.config import TextConfig
+from sg4v_jax.models.layers import Linear, RMSNorm, run_stack, stack
+from sg4v_jax.parallel.rules import constrain
+
+CACHE_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of everything a row has seen.
+
+    Attributes:
+      key, value: float[layers, batch, capacity, kv_heads, head_dim].
+      lengths: int32[batch], positions in use per row.
+    """
+
+    key: Float[Array, "layers batch capacity kv_heads head_dim"]
+    value: Float[Array, "layers batch capacity kv_heads head_dim"]
+    lengths: Int[Array, " batch"]
+
+    @classmethod
+    def empty(cls, config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Self:
+        """A cache with no position in use."""
+        shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+        zeros = constrain(jnp.zeros(shape, dtype), CACHE_AXES)
+        return cls(key=zeros, value=zeros, lengths=jnp.zeros(batch, jnp.int32))
+
+
+def rotary_angles(
+    positions: Int[Array, "batch length"], config: TextConfig
+) -> tuple[Float[Array, "batch length 1 half"], Float[Array, "batch length 1 half"]]:
+    """Cosine and sine of the rotary embedding at `positions`, in float32."""
+    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
+    frequencies = 1.0 / config.rope_theta ** (half / config.head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "batch length heads head_dim"],
+    angles: tuple[Float[Array, "batch length 1 half"], Float[Array, "batch length 1 half"]],
+) -> Float[Array, "batch length heads head_dim"]:
+    """Rotates (first half, second half) pairs: the layout of HF LLaMA weights."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention without biases."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+        width = (config.hidden_size,)
+        q_shape, kv_shape = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        self.query = Linear(width, q_shape, q_axes, bias=False, rngs=rngs)
+        self.key = Linear(width, kv_shape, kv_axes, bias=False, rngs=rngs)
+        self.value = Linear(width, kv_shape, kv_axes, bias=False, rngs=rngs)
+        self.out = Linear(q_shape, width, ("heads", "head_dim", "embed"), bias=False, rngs=rngs)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+        width, inner = (config.hidden_size,), (config.intermediate_size,)
+        self.gate = Linear(width, inner, ("embed", "mlp"), bias=False, rngs=rngs)
+        self.up = Linear(width, inner, ("embed", "mlp"), bias=False, rngs=rngs)
+        self.down = Linear(inner, width, ("mlp", "embed"), bias=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length d"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm decoder block, in two halves around the attention."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def project(
+        self, x: Float[Array, "batch length d"], angles: tuple[Array, Array]
+    ) -> tuple[
+        Float[Array, "batch length heads head_dim"],
+        Float[Array, "batch length kv_heads head_dim"],
+        Float[Array, "batch length kv_heads head_dim"],
+    ]:
+        """Query, key and value of the block's input."""
+        y = self.attention_norm(x)
+        layer = self.attention
+        return rotate(layer.query(y), angles), rotate(layer.key(y), angles), layer.value(y)
+
+    def finish(
+        self, x: Float[Array, "batch length d"], attended: Float[Array, "batch length heads head_dim"]
+    ) -> Float[Array, "batch length d"]:
+        """The block's output, given its input and what attention found."""
+        x = x + self.attention.out(attended)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """Embeddings to hidden states to logits; the caller mixes image features in between."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs):
+        self.config = config
+        table = 0.5 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size))
+        self.embedding = nnx.Param(table, axes=("vocab", None))
+        self.blocks = stack(lambda rngs: Block(config, rngs), config.num_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = Linear(
+            (config.hidden_size,), (config.vocab_size,), ("embed", "vocab"), bias=False, rngs=rngs
+        )
+
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length d"]:
+        """Embeddings of token ids."""
+        return constrain(jnp.take(self.embedding[...], tokens, axis=0), ("batch", "length", None))
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length d"],
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None = None,
+        remat: str = "none",
+    ) -> Float[Array, "batch length d"]:
+        """Hidden states after the final norm, without a cache: training and scoring."""
+        angles = rotary_angles(positions, self.config)
+
+        def body(block: Block, x: Array) -> Array:
+            query, key, value = block.project(x, angles)
+            return block.finish(x, attention(query, key, value, causal=True, segment_ids=segment_ids))
+
+        return self.norm(run_stack(self.blocks, x, body, remat))
+
+    def prefill(
+        self, x: Float[Array, "batch length d"], lengths: Int[Array, " batch"], cache: KVCache
+    ) -> tuple[Float[Array, "batch length d"], KVCache]:
+        """Runs right-padded prompts from position 0 and fills `cache` with them.
+
+        Padding is harmless: it comes after every real token, which the causal mask hides, and its
+        cache entries lie beyond `lengths`, where decoding overwrites them.
+        """
+        batch, length = x.shape[:2]
+        angles = rotary_angles(jnp.broadcast_to(jnp.arange(length), (batch, length)), self.config)
+
+        def attend(
+            layer: Array, query: Array, key: Array, value: Array, cache: KVCache
+        ) -> tuple[Array, KVCache]:
+            new = dataclasses.replace(
+                cache,
+                key=jax.lax.dynamic_update_slice(cache.key, key[None], (layer, 0, 0, 0, 0)),
+                value=jax.lax.dynamic_update_slice(cache.value, value[None], (layer, 0, 0, 0, 0)),
+            )
+            return attention(query, key, value, causal=True), new
+
+        x, cache = self._run_cached(x, angles, cache, attend)
+        return x, dataclasses.replace(cache, lengths=lengths.astype(jnp.int32))
+
+    def decode(
+        self, x: Float[Array, "batch 1 d"], cache: KVCache
+    ) -> tuple[Float[Array, "batch 1 d"], KVCache]:
+        """Runs one new position per row, at each row's own length."""
+        rows = jnp.arange(x.shape[0])
+        angles = rotary_angles(cache.lengths[:, None], self.config)
+
+        def attend(
+            layer: Array, query: Array, key: Array, value: Array, cache: KVCache
+        ) -> tuple[Array, KVCache]:
+            new = dataclasses.replace(
+                cache,
+                key=cache.key.at[layer, rows, cache.lengths].set(key[:, 0]),
+                value=cache.value.at[layer, rows, cache.lengths].set(value[:, 0]),
+            )
+            attended = attention(
+                query, new.key[layer], new.value[layer], causal=False, kv_lengths=cache.lengths + 1
+            )
+            return attended, new
+
+        x, cache = self._run_cached(x, angles, cache, attend)
+        return x, dataclasses.replace(cache, lengths=cache.lengths + 1)
+
+    def _run_cached(self, x, angles, cache, attend):  # type: ignore[no-untyped-def]
+        def step(carry, inputs):  # type: ignore[no-untyped-def]
+            # The cache rides in the carry, where XLA updates it in place.
+            x, cache = carry
+            layer, block = inputs
+            query, key, value = block.project(x, angles)
+            attended, cache = attend(layer, query, key, value, cache)
+            return (block.finish(x, attended), cache), None
+
+        layers = jnp.arange(self.config.num_layers)
+        (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, self.blocks))
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
+        """Scores over the vocabulary, in float32."""
+        return self.head(hidden).astype(jnp.float32)

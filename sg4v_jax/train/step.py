@@ -1,0 +1,120 @@
+"""The one train step of all stages: captioner, pre-training and SFT."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sg4v_jax.data.batch import Batch
+from sg4v_jax.kernels.cross_entropy import chunked_cross_entropy
+from sg4v_jax.train import groups
+
+Params = dict[str, Any]
+Metrics = dict[str, Array]
+TrainStep = Callable[[Params, Any, Params, Batch], tuple[Params, Any, Metrics]]
+
+REDUCTIONS = ("token", "microbatch")
+
+
+def cast(params: Params, dtype: jnp.dtype) -> Params:
+    """The parameters in the compute dtype. Done before they are gathered, so that half the bytes move."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def normalize_weights(
+    weights: Float[Array, "micro rows length"], reduction: str
+) -> Float[Array, "micro rows length"]:
+    """Scales loss weights so that the weighted sum of losses is the mean to minimise.
+
+    Args:
+      weights: supervision of each position, by microbatch.
+      reduction: `token` weighs every supervised token of the global batch alike. `microbatch` is the
+        mean of the microbatches' means, which is what the original computes (spec 3.1).
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"config.train.loss_reduction {reduction!r} is not one of {REDUCTIONS}")
+    if reduction == "token":
+        return weights / jnp.maximum(weights.sum(), 1)
+    per_micro = weights.sum((1, 2), keepdims=True)
+    return weights / jnp.maximum(per_micro, 1) / weights.shape[0]
+
+
+def make_loss(
+    graphdef: nnx.GraphDef, *, compute_dtype: jnp.dtype, remat: str, loss_chunk: int
+) -> Callable[[Params, Params, Batch], tuple[Array, Array]]:
+    """`loss(trainable, frozen, batch) -> (weighted sum of losses, weighted sum of correct)`."""
+
+    def loss(trainable: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
+        model = nnx.merge(graphdef, cast(groups.merge(trainable, frozen), compute_dtype))
+        hidden = model(
+            batch.tokens, batch.positions, batch.segment_ids, batch.images, batch.image_index, remat
+        )
+        return chunked_cross_entropy(hidden, batch.targets, batch.loss_weights, model.text.logits, loss_chunk)
+
+    return loss
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    compute_dtype: jnp.dtype,
+    remat: str = "none",
+    loss_chunk: int = 512,
+    accumulate: int = 1,
+    reduction: str = "token",
+) -> TrainStep:
+    """Builds `train_step(trainable, opt_state, frozen, batch) -> (trainable, opt_state, metrics)`.
+
+    Args:
+      graphdef: the model's structure; see `models.sharegpt4v.abstract_model`.
+      optimizer: see `train.optimizer`.
+      compute_dtype: dtype of activations and of the weights that meet them; masters stay as they are.
+      remat: what the backward pass recomputes; see `models.layers.run_stack`.
+      loss_chunk: positions whose logits exist at a time.
+      accumulate: microbatches per step; rows must divide by it.
+      reduction: see `normalize_weights`.
+    """
+    loss = make_loss(graphdef, compute_dtype=compute_dtype, remat=remat, loss_chunk=loss_chunk)
+
+    def train_step(
+        trainable: Params, opt_state: Any, frozen: Params, batch: Batch
+    ) -> tuple[Params, Any, Metrics]:
+        rows = batch.tokens.shape[0]
+        if rows % accumulate:
+            raise ValueError(f"{rows} rows do not divide by config.train.accumulate={accumulate}")
+        # Microbatch i takes every n-th row, so that each keeps its share of every device's rows.
+        micro = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(rows // accumulate, accumulate, *x.shape[1:]), 1, 0), batch
+        )
+        supervised = batch.loss_weights.sum()
+        weights = normalize_weights(micro.loss_weights, reduction)
+
+        def add(total: tuple[Any, Array, Array], inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+            part, weight = inputs
+            part = Batch(**{**vars(part), "loss_weights": weight})
+            (value, correct), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, part)
+            return jax.tree.map(jnp.add, total, (grads, value, correct)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable), zero, zero)
+        if accumulate == 1:
+            total, _ = add(start, jax.tree.map(lambda x: x[0], (micro, weights)))
+        else:
+            total, _ = jax.lax.scan(add, start, (micro, weights))
+        grads, value, correct = total
+        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        metrics = {
+            "loss": value,
+            "accuracy": correct,
+            "grad_norm": optax.tree.norm(grads),
+            "supervised_tokens": supervised,
+            "tokens": (batch.segment_ids > 0).sum(),
+        }
+        return optax.apply_updates(trainable, updates), opt_state, metrics
+
+    return train_step

@@ -1,0 +1,352 @@
+"""Checkpoints there and back: nothing is lost or changed, whatever the format, layout and dtype."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from sg4v_jax.convert.huggingface import load_llava, read_config, save_llava
+from sg4v_jax.convert.share4v import load_share4v, save_share4v
+from sg4v_jax.convert.tensors import ConversionError, from_params, padded_vocab_size, to_params
+from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from sg4v_jax.models.sharegpt4v import abstract_model
+from tests.torch_llava import PADDED_VOCAB, VOCAB, arrays, llava_config, llava_model
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "odd": {
+        "vision": {"image_size": 45, "num_attention_heads": 4},
+        "text": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24},
+    },
+}
+SMALL = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=8, intermediate_size=12, num_layers=3, num_heads=2, image_size=28, patch_size=14
+    ),
+    text=TextConfig(
+        vocab_size=VOCAB, hidden_size=12, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1
+    ),
+)
+Params = dict[str, Any]
+
+
+def random_params(config: ModelConfig, dtype: Any = np.float32) -> Params:
+    generator = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: generator.normal(size=leaf.shape).astype(dtype), abstract_model(config)[1]
+    )
+
+
+def assert_equal(found: Params, expected: Params) -> None:
+    found, expected = flatten_dict(found), flatten_dict(expected)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert found[path].dtype == leaf.dtype, path
+        np.testing.assert_array_equal(found[path], leaf, err_msg="/".join(path))
+
+
+def as_layout(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
+    """Renames what transformers 5 has in memory; written apart from the rules under test."""
+
+    def rename(name: str) -> str:
+        if layout == "5":
+            return name
+        tower = "model.vision_tower."
+        name = name.replace(tower, f"{tower}vision_model.")
+        if layout == "B":
+            return name
+        if layout == "A":
+            name = name.replace("model.language_model.", "language_model.model.")
+            return (
+                name.replace("lm_head", "language_model.lm_head")
+                .replace("model.vision", "vision")
+                .replace("model.multi", "multi")
+            )
+        name = name.replace(tower, f"{tower}vision_tower.").replace("model.language_model.", "model.")
+        name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
+        return name.replace("multi_modal_projector.linear_2", "mm_projector.2")
+
+    return {rename(name): array for name, array in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    return llava_model(llava_config())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_to_us_and_back(shape: str, dtype: str, tmp_path: pathlib.Path) -> None:
+    model = llava_model(llava_config(**SHAPES[shape]), dtype=getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = load_llava(tmp_path / "theirs")
+    assert config.text.vocab_size == VOCAB
+    assert {str(leaf.dtype) for leaf in flatten_dict(params).values()} == {dtype}
+    save_llava(tmp_path / "ours", config, params, tokenizer_file=None, dtype=dtype)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert again.dtype == model.dtype
+    states, expected = again.state_dict(), model.state_dict()
+    assert states.keys() == expected.keys()
+    # Of the added rows nothing is kept: ours are the mean of the others.
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        added, rows = states[name][VOCAB:], expected[name][:VOCAB]
+        assert states[name].shape == (PADDED_VOCAB, config.text.hidden_size)
+        torch.testing.assert_close(
+            added, rows.double().mean(0).to(rows.dtype).expand_as(added), rtol=0, atol=0
+        )
+        expected[name] = torch.cat([rows, added])
+    for name, tensor in expected.items():
+        assert states[name].dtype == tensor.dtype
+        assert torch.equal(states[name], tensor), name
+    config_again, params_again = load_llava(tmp_path / "ours")
+    assert config_again == config
+    assert_equal(params_again, params)
+
+
+def test_unused_weights_survive(theirs: Any, tmp_path: pathlib.Path) -> None:
+    """The block above the selected layer and the norm after it reach the exported tower."""
+    config = read_config(theirs.config.to_dict())
+    params = to_params(config, arrays(theirs))
+    save_share4v(tmp_path / "s", config, params, tokenizer_file=None, dtype="float32")
+    tower = transformers.CLIPVisionModel.from_pretrained(tmp_path / "s" / "vision_tower")
+    expected = theirs.model.vision_tower.state_dict()
+    assert {"encoder.layers.3.mlp.fc1.weight", "post_layernorm.weight"} < expected.keys()
+    assert tower.state_dict().keys() == expected.keys()
+    for name, tensor in tower.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("layout", ["A", "B", "5", "original"])
+def test_layouts(layout: str, theirs: Any, tmp_path: pathlib.Path) -> None:
+    config = read_config(theirs.config.to_dict())
+    tensors = as_layout(arrays(theirs), layout)
+    first = {"A": "language_model.model.", "B": "model.language_model.", "5": "model.language_model."}
+    assert f"{first.get(layout, 'model.')}layers.0.mlp.up_proj.weight" in tensors
+    extra = "model.layers.0.self_attn.rotary_emb.inv_freq" if layout == "original" else "model.image_newline"
+    tensors[extra] = np.zeros(4, np.float32)
+    expected = to_params(config, arrays(theirs))
+    assert_equal(to_params(config, tensors), expected)
+    if layout != "original":
+        theirs.config.save_pretrained(tmp_path)
+        save_file(tensors, tmp_path / "model.safetensors")
+        assert_equal(load_llava(tmp_path)[1], expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear", "mlp3x_gelu"])
+def test_share4v_and_back(projector: str, dtype: str, tmp_path: pathlib.Path) -> None:
+    vision = VisionConfig(**{**SMALL.vision.__dict__, "select_layer": -1, "select_feature": "cls_patch"})
+    config = ModelConfig(vision=vision, text=SMALL.text, projector=projector)
+    params = random_params(config, {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
+    save_share4v(tmp_path / "s", config, params, tokenizer_file=None, dtype=dtype, aspect="square")
+    found, again = load_share4v(tmp_path / "s")
+    assert found == config
+    assert_equal(again, params)
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["image_aspect_ratio"] == "square"
+    # Its files hold their own part only, under the names of spec 5.1.
+    assert all(
+        name.startswith("vision_model.") for name in load_file(tmp_path / "s/vision_tower/model.safetensors")
+    )
+    assert not any("vision" in name for name in load_file(tmp_path / "s/model.safetensors"))
+
+
+def write_torch_shards(directory: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """PyTorch shards with an index, in bfloat16, as ShareGPT4V is published."""
+    names = sorted(tensors)
+    files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        shard = {name: torch.from_numpy(tensors[name]).bfloat16() for name in names if files[name] == file}
+        torch.save(shard, directory / file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def make_original(directory: pathlib.Path, params: Params, tower: str = "Lin-Chen/tower") -> None:
+    """The layout of the published repositories: PyTorch shards, and a tower without a directory in them."""
+    save_share4v(directory, SMALL, params, tokenizer_file=None, dtype="float32")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    (directory / "model.safetensors").unlink()
+    write_torch_shards(directory, tensors)
+    fields = json.loads((directory / "config.json").read_text())
+    fields |= {"mm_vision_tower": tower, "max_length": 4096, "tune_entire_model": False}
+    (directory / "config.json").write_text(json.dumps(fields))
+
+
+def test_published_share4v(tmp_path: pathlib.Path) -> None:
+    params = random_params(SMALL, np.float32)
+    rounded = random_params(SMALL, ml_dtypes.bfloat16)
+    make_original(tmp_path / "s", params)
+    config, found = load_share4v(tmp_path / "s", tuned_from=1)
+    assert config == SMALL.with_tuned_from(1)
+    assert_equal(found["text"], rounded["text"])
+    assert_equal(found["projector"], rounded["projector"])
+    np.testing.assert_array_equal(found["vision"]["class_embedding"], params["vision"]["class_embedding"])
+
+
+def test_tower_is_found(tmp_path: pathlib.Path) -> None:
+    """By argument, else by the config relative to the directory, else inside the directory."""
+    params = random_params(SMALL)
+    make_original(tmp_path / "s", params, tower="../elsewhere")
+    inside = tmp_path / "s" / "vision_tower"
+    assert_equal(load_share4v(tmp_path / "s")[1]["vision"], params["vision"])
+    shutil.copytree(inside, tmp_path / "elsewhere")
+    weights = load_file(inside / "model.safetensors")
+    save_file({name: 2 * array for name, array in weights.items()}, tmp_path / "elsewhere/model.safetensors")
+    assert (
+        load_share4v(tmp_path / "s")[1]["vision"]["class_embedding"][0]
+        == 2 * params["vision"]["class_embedding"][0]
+    )
+    found = load_share4v(tmp_path / "s", vision_tower=inside)[1]
+    assert_equal(found["vision"], params["vision"])
+    shutil.rmtree(inside)
+    shutil.rmtree(tmp_path / "elsewhere")
+    with pytest.raises(ConversionError, match="give its directory as vision_tower"):
+        load_share4v(tmp_path / "s")
+
+
+def test_llava_with_tower_in_its_shards(tmp_path: pathlib.Path) -> None:
+    """As LLaVA-1.5 is published; the tower's directory then gives its config only."""
+    params = random_params(SMALL)
+    save_share4v(tmp_path / "s", SMALL, params, tokenizer_file=None, dtype="float32")
+    tensors = load_file(tmp_path / "s/model.safetensors")
+    tower = load_file(tmp_path / "s/vision_tower/model.safetensors")
+    tensors |= {f"model.vision_tower.vision_tower.{name}": array for name, array in tower.items()}
+    save_file(tensors, tmp_path / "s/model.safetensors")
+    save_file(
+        {name: 0 * array for name, array in tower.items()}, tmp_path / "s/vision_tower/model.safetensors"
+    )
+    assert_equal(load_share4v(tmp_path / "s")[1], params)
+
+
+def test_start_of_pretraining(tmp_path: pathlib.Path) -> None:
+    """Vicuna, a whole CLIP and LLaVA's mm_projector.bin (spec 4.1)."""
+    params = random_params(SMALL)
+    directory = tmp_path / "vicuna"
+    save_share4v(directory, SMALL, params, tokenizer_file=None, dtype="float32")
+    tensors = load_file(directory / "model.safetensors")
+    projector = {name: tensors.pop(name) for name in list(tensors) if "mm_projector" in name}
+    torch.save(
+        {name: torch.from_numpy(array) for name, array in projector.items()}, tmp_path / "mm_projector.bin"
+    )
+    save_file(tensors, directory / "model.safetensors")
+    fields = json.loads((directory / "config.json").read_text())
+    fields = {name: value for name, value in fields.items() if not name.startswith("mm_")}
+    (directory / "config.json").write_text(json.dumps({**fields, "model_type": "llama"}))
+    clip = (directory / "vision_tower").rename(tmp_path / "clip")
+    vision = json.loads((clip / "config.json").read_text())
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+    tower = load_file(clip / "model.safetensors")
+    save_file({**tower, "text_model.final_layer_norm.bias": np.zeros(3)}, clip / "model.safetensors")
+    config, found = load_share4v(directory, vision_tower=clip, projector=tmp_path / "mm_projector.bin")
+    assert config == SMALL
+    assert_equal(found, params)
+
+
+@pytest.mark.parametrize("tuned_from", [0, 1, 2, 3])
+def test_split_towers(tuned_from: int, theirs: Any, tmp_path: pathlib.Path) -> None:
+    """Loading splits the tower anywhere, and what was split is saved whole."""
+    theirs.save_pretrained(tmp_path / "theirs")
+    _, whole = load_llava(tmp_path / "theirs")
+    config, params = load_llava(tmp_path / "theirs", tuned_from=tuned_from)
+    assert config.vision.tuned_from == tuned_from
+    stacks = [params["vision"][name] for name in ("frozen", "tuned") if name in params["vision"]]
+    assert ("frozen" in params["vision"], "tuned" in params["vision"]) == (tuned_from > 0, tuned_from < 3)
+    kernels = [stack["attention"]["out"]["kernel"] for stack in stacks]
+    np.testing.assert_array_equal(
+        np.concatenate(kernels), whole["vision"]["tuned"]["attention"]["out"]["kernel"]
+    )
+    save_llava(tmp_path / "ours", config, params, tokenizer_file=None, dtype="float32")
+    assert_equal(load_llava(tmp_path / "ours")[1], whole)
+
+
+def test_shards(tmp_path: pathlib.Path) -> None:
+    params = random_params(SMALL)
+    save_llava(tmp_path / "one", SMALL, params, tokenizer_file=None, dtype="float32")
+    save_llava(tmp_path / "many", SMALL, params, tokenizer_file=None, dtype="float32", max_shard_bytes=8000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert sorted(path.name for path in (tmp_path / "many").glob("*.safetensors")) == files
+    single = load_file(tmp_path / "one" / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in single.values())
+    for file in files:
+        held = load_file(tmp_path / "many" / file)
+        assert {name for name, where in index["weight_map"].items() if where == file} == held.keys()
+        assert sum(array.nbytes for array in held.values()) <= 8000 or len(held) == 1
+    assert_equal(load_llava(tmp_path / "many")[1], params)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "many")
+    assert np.array_equal(
+        again.state_dict()["lm_head.weight"].numpy(), single["language_model.lm_head.weight"]
+    )
+
+
+def test_params_of_jax(tmp_path: pathlib.Path) -> None:
+    params = random_params(SMALL, ml_dtypes.bfloat16)
+    save_llava(tmp_path / "a", SMALL, jax.tree.map(jax.numpy.asarray, params), tokenizer_file=None)
+    assert_equal(load_llava(tmp_path / "a")[1], params)
+
+
+def test_all_problems_at_once() -> None:
+    tensors = dict(from_params(SMALL, random_params(SMALL)))
+    layer = "language_model.model.layers.1"
+    del tensors[f"{layer}.mlp.up_proj.weight"]
+    del tensors["vision_tower.vision_model.post_layernorm.bias"]
+    tensors[f"{layer}.self_attn.q_proj.weight"] = np.zeros((5, 12), np.float32)
+    tensors["multi_modal_projector.linear_1.bias"] = np.zeros(12, np.int8)
+    tensors["language_model.lm_head.weight"] = np.zeros((VOCAB - 1, 12), np.float32)
+    tensors["model.norm.weight"] = np.zeros(12, np.float32)
+    tensors["model.layers.1.self_attn.q_proj.lora_A.weight"] = np.zeros(12, np.float32)
+    with pytest.raises(ConversionError) as caught:
+        to_params(SMALL, tensors)
+    expected = {
+        f"missing {layer}.mlp.up_proj.weight (for text/blocks/mlp/up/kernel)",
+        "missing vision_tower.vision_model.post_layernorm.bias (for vision/post_norm/bias)",
+        f"{layer}.self_attn.q_proj.weight: expected shape (12, 12), found (5, 12)",
+        "multi_modal_projector.linear_1.bias: expected a dtype of bfloat16, float16, float32, found int8",
+        f"language_model.lm_head.weight: expected 100 to 128 rows of (12,), found {VOCAB - 1}",
+        "model.norm.weight: the same tensor as language_model.model.norm.weight "
+        "(both are language_model.model.norm.weight)",
+        "unexpected model.layers.1.self_attn.q_proj.lora_A.weight",
+    }
+    assert set(caught.value.problems) == expected
+    assert all(problem in str(caught.value) for problem in expected)
+
+
+def test_problems_of_params() -> None:
+    params = random_params(SMALL)
+    del params["text"]["norm"]
+    params["vision"]["extra"] = np.zeros(3)
+    params["projector"]["layer_0"]["bias"] = np.zeros(3)
+    with pytest.raises(ConversionError) as caught:
+        from_params(SMALL, params)
+    assert set(caught.value.problems) == {
+        "missing text/norm/scale",
+        "unexpected vision/extra",
+        "projector/layer_0/bias: expected shape (12,), found (3,)",
+    }
+    with pytest.raises(ConversionError, match="vision/frozen"):
+        from_params(SMALL.with_tuned_from(1), random_params(SMALL))
+
+
+def test_mixed_dtypes_become_float32() -> None:
+    tensors = dict(from_params(SMALL, random_params(SMALL)))
+    name = "language_model.model.layers.0.input_layernorm.weight"
+    tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+    scale = to_params(SMALL, tensors)["text"]["blocks"]["attention_norm"]["scale"]
+    assert scale.dtype == np.float32
+    np.testing.assert_array_equal(scale[0], tensors[name].astype(np.float32))
+
+
+@pytest.mark.parametrize(("size", "padded"), [(32000, 32064), (62, 64), (63, 128), (100, 128)])
+def test_padded_vocabulary(size: int, padded: int) -> None:
+    assert padded_vocab_size(size) == padded
