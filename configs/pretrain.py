@@ -11,8 +11,15 @@ def get_config(size: str = "7b") -> ConfigDict:
     common.add_source(config, "share_captioner")
     config.data.template = "plain"
     config.data.aspect = "square"
-    config.data.batch_size = 256 if size != "tiny" else config.data.batch_size
-    config.model.vision.tuned_from = 12 if size != "tiny" else 2
+    if size == "tiny":
+        config.data.seq_len = 256
+        config.data.image_slots = 4
+        config.data.batch_size = 4
+        config.optim.learning_rate = 5e-4
+    else:
+        config.data.batch_size = 256
+    # Half of the tower's blocks, as in the paper's ablation.
+    config.model.vision.tuned_from = config.model.vision.num_layers // 2
     config.optim.groups = (
         (common.BELOW_BLOCKS, None),
         (common.ABOVE_BLOCKS, None),

@@ -21,6 +21,11 @@ def parse(argv: Sequence[str]) -> ConfigDict:
       ValueError: on a missing file, unknown field or value of the wrong type; the message says
         which, and what was probably meant.
     """
+    overrides = [argument.partition("=")[0] for argument in argv if argument.startswith("--config.")]
+    if overrides:
+        # Checked against the file itself: the flags' own message says less, and less clearly.
+        config = parse([argument for argument in argv if not argument.startswith("--config.")])
+        _check_fields(config, [name.removeprefix("--config.") for name in overrides])
     values = flags.FlagValues()
     argv = ["sg4v", *map(_resolve, argv)]
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
@@ -40,10 +45,29 @@ def load(spec: str, **overrides: object) -> ConfigDict:
     """The config of `configs/NAME.py:ARG`, with `section.field` keys overridden.
 
     Unlike `parse`, an override may be any value, such as the tuple of groups.
+
+    Raises:
+      ValueError: as `parse`.
     """
     config = parse([f"--config={spec}"])
+    _check_fields(config, list(overrides))
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def _check_fields(config: ConfigDict, paths: Sequence[str]) -> None:
+    """Raises ValueError at the first path that is no field, naming the nearest one or all there are."""
+    for path in paths:
+        node = config
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            known = list(node) if isinstance(node, ConfigDict) else []
+            if part not in known:
+                near = difflib.get_close_matches(part, known, n=1)
+                where = ".".join(["config", *parts[:i]])
+                hint = f"did you mean {where}.{near[0]}?" if near else f"there are {', '.join(known) or 'none'}"
+                raise ValueError(f"no field {where}.{part}; {hint}")
+            node = node[part]
 
 
 def _resolve(argument: str) -> str:

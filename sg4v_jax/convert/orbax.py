@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from sg4v_jax.convert.bundle import ModelBundle
@@ -51,12 +52,14 @@ def load_run(directory: pathlib.Path, step: int | None = None) -> ModelBundle:
     _, shapes, _ = abstract_model(config)
     with _manager(directory) as manager:
         step = _step(manager, directory, step)
-        restore = ocp.args.StandardRestore(shapes)
+        # As host arrays: where they go is for whoever uses them to say.
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        restore = ocp.args.PyTreeRestore(shapes, restore_args=on_host)
         params = manager.restore(step, args=ocp.args.Composite(params=restore)).params
     tokenizer = directory / TOKENIZER
     return ModelBundle(
         config=config,
-        params=jax.device_get(params),
+        params=params,
         tokenizer_file=tokenizer if tokenizer.exists() else None,
         template=meta["template"],
         aspect=meta["aspect"],

@@ -68,6 +68,7 @@ class Loader:
         self._datasets = {name: build.open_dataset(s.directory) for name, s in config.sources.items()}
         self.num_records = sum(len(dataset) for dataset in self._datasets.values())
         self.skipped = Skipped()
+        self._any_good = False
         processes = jax.process_count()
         if config.batch_size % processes:
             raise ValueError(f"batch_size {config.batch_size} does not divide by {processes} processes")
@@ -124,11 +125,16 @@ class Loader:
         """The encoded sample, or None (which Grain passes over) if the record is bad."""
         try:
             record, images = build.decode_example(example, source=name, index=index)
-            return make_sample(record, images, self._config.form, self._tokenizer)
+            sample = make_sample(record, images, self._config.form, self._tokenizer)
         except (RecordError, ImageError) as error:
             if self.skipped.add(error):
                 log.warning("skipping a record of %s: %s", name, error)
+            if not self._any_good and self.skipped.total >= self.num_records:
+                # Or the search for a good one would go on forever.
+                raise ValueError(f"no record of {', '.join(self._datasets)} can be used: {error}") from error
             return None
+        self._any_good = True
+        return sample
 
 
 def _read(name: str, dataset: Any, index: int) -> tuple[str, dict[str, Any], int]:

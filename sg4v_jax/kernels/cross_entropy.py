@@ -34,7 +34,7 @@ def chunked_cross_entropy(
     chunk = min(chunk, length)
     padding = -length % chunk
 
-    def split(x: Array) -> Array:
+    def split(x: Array | np.ndarray) -> Array:
         """[batch, length, ...] to [chunks, batch, chunk, ...]."""
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
@@ -44,11 +44,12 @@ def chunked_cross_entropy(
         sums: tuple[Array, Array], inputs: tuple[Array, Array, Array]
     ) -> tuple[tuple[Array, Array], None]:
         hidden, targets, weights = inputs
-        scores = logits(hidden)
+        # A position that doesn't count may hold anything, infinities included: select, don't
+        # multiply. Before the head, or its gradient would be 0 * inf.
+        scores = logits(jnp.where(weights[..., None] > 0, hidden, 0))
         chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(scores, axis=-1) - chosen
-        # A padded position may hold anything, infinities included: select, don't multiply.
-        losses = jnp.where(weights > 0, losses * weights, 0)
+        losses = losses * weights
         correct = jnp.where(scores.argmax(-1) == targets, weights, 0)
         return (sums[0] + losses.sum(), sums[1] + correct.sum()), None
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 # Statistics of CLIP's training images; `preprocessor_config.json` of every CLIP and LLaVA checkpoint.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -123,7 +123,7 @@ class ModelConfig:
     projector: str = "mlp2x_gelu"
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """Inverse of `dataclasses.asdict`. An unknown key raises and names the nearest known one."""
         fields = dict(fields)
         vision = _construct(VisionConfig, fields.pop("vision", {}), "model.vision")

@@ -1,7 +1,6 @@
 """LLaMA decoder with grouped-query attention and a KV cache (Touvron et al. 2023; spec 3.1)."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ class KVCache:
     lengths: Int[Array, " batch"]
 
     @classmethod
-    def empty(cls, config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Self:
+    def empty(cls, config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
         """A cache with no position in use."""
         shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
         zeros = constrain(jnp.zeros(shape, dtype), CACHE_AXES)

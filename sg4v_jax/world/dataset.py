@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from sg4v_jax.world.describe import QA, SHORT_ANSWER, dense, questions
+from sg4v_jax.world.describe import QA, SHORT_ANSWER, brief, dense, questions
 from sg4v_jax.world.photos import Photo, load_photos
 from sg4v_jax.world.render import render
 from sg4v_jax.world.scene import Dice, Scene, sample_scene
@@ -61,9 +61,12 @@ class WorldFiles:
 
     Attributes:
       image_root: The folder that image paths in all the files are relative to.
-      cap_dense: Dense captions of the photos and the first half of the training scenes, in
-        the format of `sharegpt4v_instruct_gpt4-vision_cap100k.json`: to train a captioner.
-      images_to_caption: JSON list of all training images: what the captioner is run over.
+      cap_brief: Brief captions of all training scenes, in the format of LLaVA's
+        `blip_laion_cc_sbu_558k.json`: to learn to see at all.
+      cap_dense: Dense captions of the photos and of a part of the training scenes, in the
+        format of `sharegpt4v_instruct_gpt4-vision_cap100k.json`: to train a captioner.
+      images_to_caption: JSON list of the training images without a dense caption: what the
+        captioner is run over.
       sft_mix: The instruction mix, in the format of the release's mix665k.
       heldout_captions: JSON lines of question_id, image, text: the captioning question.
       heldout_questions: JSON lines of question_id, image, text, category.
@@ -72,6 +75,7 @@ class WorldFiles:
     """
 
     image_root: Path
+    cap_brief: Path
     cap_dense: Path
     images_to_caption: Path
     sft_mix: Path
@@ -86,6 +90,7 @@ class WorldFiles:
         root = Path(directory)
         return cls(
             image_root=root / "images",
+            cap_brief=root / "cap_brief.json",
             cap_dense=root / "cap_dense.json",
             images_to_caption=root / "images_to_caption.json",
             sft_mix=root / "sft_mix.json",
@@ -114,6 +119,7 @@ def write_world(
     train_scenes: int,
     heldout_scenes: int,
     seed: int,
+    dense_share: float = 0.5,
     image_size: int = 224,
     progress: Callable[[Sequence[Named]], Iterable[Named]] = iter,
 ) -> WorldFiles:
@@ -128,6 +134,7 @@ def write_world(
       heldout_scenes: How many scenes to evaluate on, at least one. They differ from each other
         and from every training scene.
       seed: A non-negative integer that decides everything.
+      dense_share: Part of the training scenes that have a dense caption.
       image_size: Side of the pictures in pixels.
       progress: Wraps the list of pictures while they are drawn, for example `tqdm`.
 
@@ -147,11 +154,13 @@ def write_world(
         _write(files.image_root / name, _png(render(scene, image_size)))
 
     dice = Dice(seed, _TEXTS)
-    captions = list(_captions(train[: len(train) // 2], photos, dice))
+    described = round(len(train) * dense_share)
+    captions = list(_captions(train[:described], photos, dice))
     mix = [*_instructions(train, photos, seed, dice), *captions[::_DENSE_EVERY]]
     mix.extend(_record(f"text_{i:03d}", None, [turn]) for i, turn in enumerate(_text_turns()))
     _write_json(files.cap_dense, dice.sample(captions, len(captions)))
-    _write_json(files.images_to_caption, [name for name, _ in train])
+    _write_json(files.cap_brief, list(_brief_captions(train, dice)))
+    _write_json(files.images_to_caption, [name for name, _ in train[described:]])
     _write_json(files.sft_mix, dice.sample(mix, len(mix)))
     _write_heldout(files, heldout, seed)
     return files
@@ -197,6 +206,11 @@ def _captions(scenes: Sequence[Named], photos: Sequence[Photo], dice: Dice) -> I
     for name, caption in described:
         question = dice.pick(CAPTION_QUESTIONS)
         yield _record(f"caption_{_stem(name)}", name, [(question, caption)], dice)
+
+
+def _brief_captions(scenes: Sequence[Named], dice: Dice) -> Iterator[Record]:
+    for name, scene in scenes:
+        yield _record(f"brief_{_stem(name)}", name, [(dice.pick(CAPTION_QUESTIONS), brief(scene))], dice)
 
 
 def _instructions(

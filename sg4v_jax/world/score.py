@@ -21,7 +21,7 @@ from sg4v_jax.world.scene import (
 )
 
 ATTRIBUTES = (
-    *("exists", "color", "size", "texture", "position"),
+    *("position", "shape", "color", "size", "texture"),
     *("relation", "background", "pattern"),
 )
 
@@ -30,10 +30,11 @@ class Fact(NamedTuple):
     """One checkable statement.
 
     Attributes:
-      subject: A shape, or "scene" for the background's colour and pattern.
+      subject: A position, which holds one thing at most; a shape for relations, or "scene" for the
+        background's colour and pattern. What is said of a thing can thus be right in part.
       attribute: One of `ATTRIBUTES`.
-      value: The word that the attribute has; "yes" for exists, and for relation the phrase
-        with the other shape, for example "below the ring".
+      value: The word that the attribute has; for position the subject again, and for relation
+        the phrase with the other shape, for example "below the ring".
     """
 
     subject: str
@@ -58,9 +59,8 @@ def facts(scene: Scene) -> frozenset[Fact]:
         Fact("scene", "pattern", scene.pattern),
     }
     for thing in scene.things:
-        found.add(Fact(thing.shape, "exists", "yes"))
-        for name in ("color", "size", "texture", "position"):
-            found.add(Fact(thing.shape, name, getattr(thing, name)))
+        for name in ("position", "shape", "color", "size", "texture"):
+            found.add(Fact(thing.position, name, getattr(thing, name)))
     for first, second in zip(scene.things, scene.things[1:], strict=False):
         found.add(_relation_fact(second.shape, relation(second, first), first.shape))
     return frozenset(found)
@@ -77,7 +77,7 @@ _WORDS = {
     **dict.fromkeys(TEXTURES, "texture"),
 }
 _THING = re.compile(
-    rf"(?:\bat the {_either(POSITIONS)} is an? )?\b((?:{_either(_WORDS)} )*){_either(SHAPES)}"
+    rf"\bat the {_either(POSITIONS)} is an? ((?:{_either(_WORDS)} )*){_either(SHAPES)}"
 )
 _RELATION = re.compile(rf"\b{_either(SHAPES)} is {_either(RELATIONS)} the {_either(SHAPES)}")
 _BACKGROUND = re.compile(rf"\bbackground is {_either(BACKGROUNDS)}|\b{_either(BACKGROUNDS)} background")
@@ -97,11 +97,9 @@ def parse(text: str) -> frozenset[Fact]:
     words = " ".join(text.lower().split())
     found = set()
     for match in _THING.finditer(words):
-        position, shape = match[1], match[4]
-        found.add(Fact(shape, "exists", "yes"))
-        found.update(Fact(shape, _WORDS[word], word) for word in match[2].split())
-        if position:
-            found.add(Fact(shape, "position", position))
+        position = match[1]
+        found.update({Fact(position, "position", position), Fact(position, "shape", match[4])})
+        found.update(Fact(position, _WORDS[word], word) for word in match[2].split())
     for match in _RELATION.finditer(words):
         found.add(_relation_fact(match[1], match[2], match[3]))
     for match in _BACKGROUND.finditer(words):

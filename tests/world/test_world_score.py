@@ -25,7 +25,7 @@ SCENES = [sample_scene(seed) for seed in range(2000)]
 EXAMPLE = Scene(
     "navy",
     "checkered",
-    (Thing("ring", "red", "large", "striped", 2, 0), Thing("star", "blue", "small", "plain", 0, 1)),
+    (Thing("ring", "red", "large", "striped", 1, 0), Thing("star", "blue", "small", "plain", 0, 1)),
 )
 VOCABULARY = sorted({word for scene in SCENES[:300] for word in dense(scene).split()})
 
@@ -34,16 +34,16 @@ def test_the_facts_of_a_scene():
     assert facts(EXAMPLE) == {
         Fact("scene", "background", "navy"),
         Fact("scene", "pattern", "checkered"),
-        Fact("ring", "exists", "yes"),
-        Fact("ring", "color", "red"),
-        Fact("ring", "size", "large"),
-        Fact("ring", "texture", "striped"),
-        Fact("ring", "position", "top right"),
-        Fact("star", "exists", "yes"),
-        Fact("star", "color", "blue"),
-        Fact("star", "size", "small"),
-        Fact("star", "texture", "plain"),
-        Fact("star", "position", "left"),
+        Fact("top right", "position", "top right"),
+        Fact("top right", "shape", "ring"),
+        Fact("top right", "color", "red"),
+        Fact("top right", "size", "large"),
+        Fact("top right", "texture", "striped"),
+        Fact("bottom left", "position", "bottom left"),
+        Fact("bottom left", "shape", "star"),
+        Fact("bottom left", "color", "blue"),
+        Fact("bottom left", "size", "small"),
+        Fact("bottom left", "texture", "plain"),
         Fact("star", "relation", "below and to the left of the ring"),
     }
 
@@ -61,7 +61,9 @@ def test_brief_captions_say_some_of_the_facts():
 
 def test_case_spacing_and_the_order_of_adjectives_do_not_matter():
     assert parse("THE  background\nis GRAY and plain") == parse("The background is gray and plain.")
-    assert parse("a red large plain ring") == parse("A large plain red ring")
+    assert parse("at the top left is a red large plain ring") == parse(
+        "At the top left is a large plain red ring."
+    )
 
 
 def test_a_relation_may_be_told_from_either_side():
@@ -71,15 +73,20 @@ def test_a_relation_may_be_told_from_either_side():
 
 
 def test_what_is_broken_off_is_not_made_up():
-    assert parse("A large striped red ring is at the") == {
-        Fact("ring", "exists", "yes"),
-        Fact("ring", "size", "large"),
-        Fact("ring", "texture", "striped"),
-        Fact("ring", "color", "red"),
+    assert parse("At the top left is a large striped red ring and") == {
+        Fact("top left", "position", "top left"),
+        Fact("top left", "shape", "ring"),
+        Fact("top left", "size", "large"),
+        Fact("top left", "texture", "striped"),
+        Fact("top left", "color", "red"),
     }
-    assert parse("The star is below and to the") == {Fact("star", "exists", "yes")}
+    assert parse("At the top left is a large striped red") == frozenset()
     assert parse("The background is") == parse("") == frozenset()
     assert parse("rings, starlight and predefined redness") == frozenset()
+
+
+def test_what_has_no_place_states_nothing_of_the_things():
+    assert parse("A large red ring on a gray background.") == {Fact("scene", "background", "gray")}
 
 
 @settings(database=None, deadline=None)
@@ -102,10 +109,10 @@ def test_the_truth_scores_one():
     assert all(score.f1 == 1.0 for score in report.per_attribute.values())
 
 
-def test_brief_captions_are_precise_but_miss_half():
+def test_brief_captions_are_precise_but_miss_most():
     report = attribute_f1([brief(scene) for scene in SCENES[:200]], SCENES[:200])
     assert report.overall.precision == 1.0
-    assert 0.4 < report.overall.recall < 0.6
+    assert report.overall.recall < 0.2
     assert report.per_attribute["position"].f1 == 0.0
 
 

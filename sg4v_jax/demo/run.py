@@ -1,0 +1,294 @@
+"""The project's main job in small: every stage of the loop on the embedded world, in one call.
+
+There are no pre-trained weights to start from, so an `align` stage on brief captions stands in for
+CLIP, Vicuna and LLaVA-1.5's projector. From there on it is the paper: a captioner learns from few
+dense captions, re-captions images that had none, and what is pre-trained on its captions is tuned
+to answer questions.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from sg4v_jax import config as config_lib
+from sg4v_jax.caption.corpus import caption_corpus, list_images
+from sg4v_jax.convert.load import load_model, save_model
+from sg4v_jax.data import build
+from sg4v_jax.data.conversation import training_texts
+from sg4v_jax.data.records import Turn
+from sg4v_jax.data.tokenizer import train_tokenizer
+from sg4v_jax.demo.report import Report, write_report
+from sg4v_jax.evaluate.answers import answer_questions, read_jsonl
+from sg4v_jax.evaluate.exact import score_file
+from sg4v_jax.infer.generate import Generator, Prompt
+from sg4v_jax.infer.sampling import SamplingOptions
+from sg4v_jax.parallel.mesh import make_mesh
+from sg4v_jax.train import metrics
+from sg4v_jax.train.loop import train
+from sg4v_jax.world import Scene, WorldFiles, attribute_f1, blind_f1, write_world
+
+CAPTION_TOKENS, ANSWER_TOKENS = 100, 8
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much of everything.
+
+    Attributes:
+      train_scenes, heldout_scenes: images drawn.
+      steps: optimizer steps of each training stage.
+    """
+
+    train_scenes: int = 8000
+    heldout_scenes: int = 64
+    steps: tuple[tuple[str, int], ...] = (
+        ("align", 900),
+        ("captioner", 700),
+        ("pretrain", 300),
+        ("finetune", 700),
+    )
+
+    def scaled(self, scenes: int, factor: float) -> "Plan":
+        """With another number of scenes (0: the same) and all steps times `factor`."""
+        steps = tuple((name, max(1, round(count * factor))) for name, count in self.steps)
+        return dataclasses.replace(self, train_scenes=scenes or self.train_scenes, steps=steps)
+
+
+class Demo:
+    """The stages, in order, with their files below one directory."""
+
+    def __init__(self, workdir: str | os.PathLike[str], plan: Plan, seed: int):
+        self.workdir, self.plan, self.seed = pathlib.Path(workdir), plan, seed
+        self.steps = dict(plan.steps)
+        self.world = WorldFiles.below(self.workdir / "world")
+        self.tokenizer = self.workdir / "tokenizer.model"
+        self.times: dict[str, float] = {}
+
+    def run(self) -> Report:
+        """All stages, then the report. What an earlier run finished is not done again."""
+        with self._stage("draw the world and build its datasets"):
+            self._build_data()
+        with self._stage("align: brief captions, from random weights"):
+            self._train("align", "brief", {})
+        base = self._run_dir("align")
+        with self._stage("train the captioner on dense captions"):
+            self._train("captioner", "dense", dict.fromkeys(("vision", "projector", "text"), base))
+        with self._stage("re-caption the images that have none"):
+            self._recaption()
+        with self._stage("pre-train on the captioner's captions"):
+            self._train("pretrain", "recaptioned", dict.fromkeys(("vision", "projector", "text"), base))
+        with self._stage("tune on instructions (SFT)"):
+            tuned = dict.fromkeys(("vision", "projector", "text"), self._run_dir("pretrain"))
+            self._train("finetune", "sft", tuned)
+        with self._stage("caption and answer on held-out images, score"):
+            report = self._evaluate()
+        with self._stage("export to Hugging Face LLaVA, reload, compare"):
+            report.reload_equal = self._export()
+        report.times = dict(self.times)
+        write_report(self.workdir, report)
+        return report
+
+    # --- Data ------------------------------------------------------------------------------------
+
+    def _build_data(self) -> None:
+        if not (self.workdir / "world.done").exists():
+            write_world(
+                self.workdir / "world",
+                train_scenes=self.plan.train_scenes,
+                heldout_scenes=self.plan.heldout_scenes,
+                seed=self.seed,
+                progress=_bar("drawing", "images"),
+            )
+            (self.workdir / "world.done").touch()
+        files = {"brief": self.world.cap_brief, "dense": self.world.cap_dense, "sft": self.world.sft_mix}
+        if not self.tokenizer.exists():
+            vocab_size = config_lib.load("configs/align.py:tiny").model.text.vocab_size
+            train_tokenizer(training_texts(files.values()), self.tokenizer, vocab_size)
+        for name, json_file in files.items():
+            self._build_dataset(name, json_file)
+
+    def _build_dataset(self, name: str, json_file: pathlib.Path) -> None:
+        build.build(
+            name,
+            json_file,
+            self.world.image_root,
+            self.workdir / "datasets",
+            progress=_bar(f"building {name}", "records"),
+        )
+
+    def _recaption(self) -> None:
+        captioner = self._generator("captioner")
+        report = caption_corpus(
+            captioner,
+            list_images(self.world.images_to_caption),
+            self.world.image_root,
+            self.workdir / "captions",
+            options=SamplingOptions(max_new_tokens=CAPTION_TOKENS),
+            batch_size=BATCH,
+            progress=_bar("captioning", "batches"),
+        )
+        self._build_dataset("recaptioned", report.records)
+
+    # --- Training --------------------------------------------------------------------------------
+
+    def _train(self, stage: str, dataset: str, init: dict[str, str]) -> None:
+        config = config_lib.load(f"configs/{stage}.py:tiny")
+        (source,) = config.data.sources.keys()
+        directory = self.workdir / "datasets" / "llava" / dataset / "1.0.0"
+        config.update_from_flattened_dict(
+            {
+                "seed": self.seed,
+                "data.tokenizer": os.fspath(self.tokenizer),
+                f"data.sources.{source}.directory": os.fspath(directory),
+                "train.num_steps": self.steps[stage],
+                **{f"init.{part}": path for part, path in init.items()},
+            }
+        )
+        train(config, self._run_dir(stage))
+
+    def _run_dir(self, stage: str) -> str:
+        return os.fspath(self.workdir / "runs" / stage)
+
+    def _generator(self, stage: str) -> Generator:
+        return Generator(load_model(self._run_dir(stage)), make_mesh(), dtype="float32")
+
+    # --- Evaluation ------------------------------------------------------------------------------
+
+    def _evaluate(self) -> Report:
+        heldout = self.world.read_heldout()
+        names, scenes = [name for name, _ in heldout], [scene for _, scene in heldout]
+        captions = {stage: self._captions(stage, names) for stage in ("align", "captioner", "pretrain")}
+        training = [record["conversations"][1]["value"] for record in json.loads(self.world.cap_dense.read_text())]
+        answers = self.workdir / "answers.jsonl"
+        questions = read_jsonl(self.world.heldout_questions, ("question_id", "text"))
+        answer_questions(
+            self._generator("finetune"),
+            questions,
+            self.world.image_root,
+            answers,
+            options=SamplingOptions(max_new_tokens=ANSWER_TOKENS),
+            batch_size=BATCH,
+            model_id="finetune",
+            progress=_bar("answering", "batches"),
+        )
+        truth = read_jsonl(self.world.heldout_answers, ("question_id", "answer"))
+        return Report(
+            images=[(self.world.image_root / name).read_bytes() for name in names],
+            scenes=scenes,
+            captions=captions,
+            f1={stage: attribute_f1(texts, scenes) for stage, texts in captions.items()},
+            blind=blind_f1(training, captions["captioner"], scenes),
+            accuracy=score_file(answers, self.world.heldout_answers),
+            majority=_majority_accuracy(truth),
+            questions=_join_answers(questions, answers, truth),
+            curves={stage: metrics.read(pathlib.Path(self._run_dir(stage)) / "metrics.jsonl") for stage in self.steps},
+            photos=self._photos(),
+        )
+
+    def _captions(self, stage: str, names: list[str]) -> list[str]:
+        generator = self._generator(stage)
+        prompt = generator.bundle.prompt or "Describe the image."
+        prompts = [
+            Prompt((Turn("human", f"<image>\n{prompt}"),), ((self.world.image_root / name).read_bytes(),))
+            for name in names
+        ]
+        completions = generator.generate(prompts, SamplingOptions(max_new_tokens=CAPTION_TOKENS))
+        return [completion.text for completion in completions]
+
+    def _photos(self) -> list[tuple[bytes, str]]:
+        """The training photographs with the captioner's captions: learned by heart, and labelled so."""
+        paths = sorted((self.world.image_root / "photos").glob("*.jpg"))
+        generator = self._generator("captioner")
+        turns = (Turn("human", f"<image>\n{generator.bundle.prompt}"),)
+        prompts = [Prompt(turns, (path.read_bytes(),)) for path in paths]
+        completions = generator.generate(prompts, SamplingOptions(max_new_tokens=256))
+        return [(p.images[0], c.text) for p, c in zip(prompts, completions, strict=True)]
+
+    # --- Export ----------------------------------------------------------------------------------
+
+    def _export(self) -> bool:
+        """Writes the tuned model as HF LLaVA, loads it back and compares every parameter."""
+        exported = self.workdir / "llava-hf"
+        bundle = load_model(self._run_dir("finetune"))
+        save_model(bundle, exported, layout="hf", dtype="float32", overwrite=True)
+        reloaded = Generator(load_model(exported), make_mesh(), dtype="float32")
+        original = Generator(bundle, make_mesh(), dtype="float32")
+        line = read_jsonl(self.world.heldout_questions, ("question_id", "text"))[0]
+        image = (self.world.image_root / line["image"]).read_bytes()
+        prompt = Prompt((Turn("human", f"<image>\n{line['text']}"),), (image,))
+        options = SamplingOptions(max_new_tokens=ANSWER_TOKENS)
+        same_answer = reloaded.generate([prompt], options) == original.generate([prompt], options)
+        return same_answer and _equal_text_weights(bundle.params, reloaded.bundle.params)
+
+    @contextmanager
+    def _stage(self, title: str) -> Iterator[None]:
+        number = len(self.times) + 1
+        print(f"\n[{number}/8] {title}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        yield
+        self.times[title] = time.perf_counter() - start
+        print(f"      {self.times[title]:.0f} s", file=sys.stderr, flush=True)
+
+
+def run_demo(
+    workdir: str | os.PathLike[str], *, train_scenes: int = 0, step_factor: float = 1.0, seed: int = 0
+) -> Report:
+    """Runs the whole loop and writes `report.html`.
+
+    Args:
+      workdir: where everything goes; a second call resumes what the first left.
+      train_scenes: images to draw; 0: as many as it needs to learn.
+      step_factor: factor on all numbers of steps.
+      seed: decides everything.
+    """
+    return Demo(workdir, Plan().scaled(train_scenes, step_factor), seed).run()
+
+
+def _majority_accuracy(truth: list[dict[str, Any]]) -> float:
+    """Accuracy of always giving a category's most frequent answer: what a blind model can reach."""
+    by_category: dict[str, list[str]] = {}
+    for line in truth:
+        by_category.setdefault(line["category"], []).append(line["answer"])
+    hits = sum(max(map(answers.count, answers)) for answers in by_category.values())
+    return hits / len(truth)
+
+
+def _join_answers(
+    questions: list[dict[str, Any]], answers: pathlib.Path, truth: list[dict[str, Any]]
+) -> list[dict[str, str]]:
+    given = {line["question_id"]: line["text"] for line in read_jsonl(answers, ("question_id", "text"))}
+    right = {line["question_id"]: line["answer"] for line in truth}
+    return [
+        {
+            "image": line["image"],
+            "question": line["text"].split("\n")[0],
+            "answer": given[line["question_id"]],
+            "truth": right[line["question_id"]],
+        }
+        for line in questions
+    ]
+
+
+def _equal_text_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    pairs = ((ours["text"], theirs["text"]), (ours["projector"], theirs["projector"]))
+    import jax
+
+    return all(
+        bool(np.array_equal(a, b))
+        for left, right in pairs
+        for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    )
+
+
+def _bar(description: str, unit: str) -> Callable[[Any], Any]:
+    return lambda items: tqdm.tqdm(items, desc=f"      {description}", unit=f" {unit}", leave=False)

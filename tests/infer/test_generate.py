@@ -1,0 +1,235 @@
+"""Generation: token for token that of `transformers`; batches, streams, stops and limits."""
+
+import dataclasses
+import functools
+import io
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sg4v_jax.convert.bundle import ModelBundle
+from sg4v_jax.convert.huggingface import load_llava
+from sg4v_jax.data.conversation import encode_prompt, get_template, place_images
+from sg4v_jax.data.image import load_image, normalize_reference, preprocess
+from sg4v_jax.data.records import Turn
+from sg4v_jax.data.sample import expand_images
+from sg4v_jax.data.tokenizer import Tokenizer
+from sg4v_jax.infer.generate import Generator, Prompt
+from sg4v_jax.infer.sampling import SamplingOptions
+from sg4v_jax.parallel.mesh import make_mesh
+from tests.conftest import TinyWorld
+from tests.torch_llava import llava_config, llava_model
+
+# Rows of the model that the tokenizer has no piece for, before those that HF's format adds.
+UNKNOWN_ROWS = 10
+NEW_TOKENS = 24
+MAX_POSITIONS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same weights twice.
+
+    Attributes:
+      theirs: the model of `transformers`.
+      bundle: what our loader read from its files.
+      generator: ours, in float32.
+    """
+
+    theirs: Any
+    bundle: ModelBundle
+    generator: Generator
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    vocab = Tokenizer(tiny_world.tokenizer).vocab_size + UNKNOWN_ROWS
+    text = {
+        "vocab_size": -(-(vocab + 2) // 64) * 64,
+        "max_position_embeddings": MAX_POSITIONS,
+        "num_key_value_heads": 2,
+    }
+    config = llava_config(text=text, image_token_index=vocab, pad_token_id=vocab + 1)
+    theirs = llava_model(config)
+    # Threads that wait for each other cost more than such a small model.
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("llava")
+    theirs.save_pretrained(directory)
+    model_config, params = load_llava(directory)
+    assert model_config.text.vocab_size == vocab
+    bundle = ModelBundle(model_config, params, tiny_world.tokenizer)
+    return Pair(theirs, bundle, generator(bundle))
+
+
+def generator(bundle: ModelBundle) -> Generator:
+    return Generator(bundle, make_mesh(), "float32")
+
+
+def picture(seed: int, width: int = 40, height: int = 30) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def human(text: str) -> Turn:
+    return Turn("human", text)
+
+
+PROMPTS = {
+    "no image": Prompt((human("How many sides does a triangle have?"),)),
+    "one image": Prompt((human("<image>\nWhat is in this image?"),), (picture(0),)),
+    "three images": Prompt(
+        (human("<image>\n<image>\nWhat differs here <image>?"),), tuple(picture(i, 30 + i) for i in (1, 2, 3))
+    ),
+    "three turns": Prompt(
+        (human("<image>\nWhich color?"), Turn("gpt", "Red."), human("And the other?")), (picture(4, 20, 50),)
+    ),
+}
+
+
+def their_tokens(pair: Pair, prompt: Prompt, **options: Any) -> list[int]:
+    """What `generate` of transformers gives for the same ids and pixels."""
+    config, tokenizer = pair.bundle.config, pair.generator.tokenizer
+    template, has_images = get_template(pair.bundle.template), bool(prompt.images)
+    turns = place_images(prompt.turns) if has_images else prompt.turns
+    ids = encode_prompt(template, turns, tokenizer, has_images=has_images)
+    tokens, _, is_image = expand_images(ids, None, config.vision.num_image_tokens)
+    inputs = {"input_ids": np.where(is_image, pair.theirs.config.image_token_index, tokens)[None]}
+    if has_images:
+        size = config.vision.image_size
+        pixels = [
+            preprocess(load_image(data, name=""), size=size, aspect=pair.bundle.aspect)
+            for data in prompt.images
+        ]
+        inputs["pixel_values"] = normalize_reference(np.stack(pixels)).transpose(0, 3, 1, 2).copy()
+    rows = pair.theirs.config.text_config.vocab_size
+    output = pair.theirs.generate(
+        **{name: torch.from_numpy(array) for name, array in inputs.items()},
+        attention_mask=torch.ones(inputs["input_ids"].shape, dtype=torch.long),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_id,
+        # What neither the tokenizer nor our model has.
+        suppress_tokens=list(range(tokenizer.vocab_size, rows)),
+        **options,
+    )
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_tokens_are_those_of_transformers(pair: Pair, penalty: float) -> None:
+    """For every prompt by itself there, and all in one batch here."""
+    options = SamplingOptions(max_new_tokens=NEW_TOKENS, repetition_penalty=penalty)
+    completions = pair.generator.generate(list(PROMPTS.values()), options)
+    lengths = []
+    for (name, prompt), completion in zip(PROMPTS.items(), completions, strict=True):
+        expected = their_tokens(pair, prompt, repetition_penalty=penalty)
+        assert list(completion.tokens) == expected, name
+        lengths.append(len(expected))
+    assert max(lengths) == NEW_TOKENS and sum(lengths) > 2 * NEW_TOKENS, "too short to show an error"
+    assert len({completion.tokens for completion in completions}) == len(PROMPTS)
+
+
+@pytest.mark.slow
+def test_a_batch_gives_each_row_what_it_gets_alone(pair: Pair) -> None:
+    """Greedy and sampled, whatever the other rows are and however long."""
+    greedy = SamplingOptions(max_new_tokens=20)
+    sampled = SamplingOptions(max_new_tokens=20, temperature=0.8, top_p=0.9, top_k=50)
+    rows = [greedy, dataclasses.replace(sampled, seed=1), dataclasses.replace(sampled, seed=2), greedy]
+    prompts = list(PROMPTS.values())
+    together = pair.generator.generate(prompts, rows)
+    for prompt, row, completion in zip(prompts, rows, together, strict=True):
+        assert pair.generator.generate([prompt], row)[0] == completion
+    # The seed decides, not the place in the batch.
+    backwards = pair.generator.generate(prompts[::-1], rows[::-1])
+    assert backwards[::-1] == together
+    other = pair.generator.generate([prompts[1]], dataclasses.replace(sampled, seed=3))
+    assert other[0].tokens != together[1].tokens
+
+
+def test_stream_adds_up_to_the_answer(pair: Pair) -> None:
+    for name, prompt in PROMPTS.items():
+        for seed in range(3):
+            options = SamplingOptions(max_new_tokens=40, temperature=1.0, seed=seed)
+            pieces = list(pair.generator.stream(prompt, options))
+            assert "".join(pieces) == pair.generator.generate([prompt], options)[0].text, (name, seed)
+
+
+def test_tokens_that_the_tokenizer_lacks_never_come_out(pair: Pair) -> None:
+    """Not even where the model wants nothing else."""
+    known = pair.generator.tokenizer.vocab_size
+    params = jax.tree.map(np.copy, pair.bundle.params)
+    params["text"]["head"]["kernel"][:, known:] *= 50
+    wild = generator(dataclasses.replace(pair.bundle, params=params))
+    hot = SamplingOptions(max_new_tokens=40, temperature=2.0)
+    for options in (hot, dataclasses.replace(hot, temperature=0.0)):
+        for completion in wild.generate([PROMPTS["no image"], PROMPTS["one image"]], options):
+            assert max(completion.tokens) < known
+
+
+@pytest.mark.parametrize("limit", [1, 2, 16, 17, 33])
+def test_limits_are_kept(pair: Pair, limit: int) -> None:
+    """Each row's own, also where it falls in the middle of what is decoded at a time."""
+    rows = [SamplingOptions(max_new_tokens=limit), SamplingOptions(max_new_tokens=33)]
+    prompts = [PROMPTS["one image"], PROMPTS["no image"]]
+    short, long = pair.generator.generate(prompts, rows)
+    whole = pair.generator.generate(prompts, SamplingOptions(max_new_tokens=33))
+    assert short.tokens == whole[0].tokens[:limit]
+    assert long == whole[1]
+    if len(whole[0].tokens) == 33:
+        assert len(short.tokens) == limit and not short.finished
+
+
+def swapped(bundle: ModelBundle, a: int, b: int, **fields: Any) -> ModelBundle:
+    """The same model with two tokens' rows exchanged: where it said one, it says the other."""
+    params = jax.tree.map(np.copy, bundle.params)
+    table, head = params["text"]["embedding"], params["text"]["head"]["kernel"]
+    table[[a, b]], head[:, [a, b]] = table[[b, a]], head[:, [b, a]]
+    return dataclasses.replace(bundle, params=params, **fields)
+
+
+@pytest.mark.parametrize(("template", "stop"), [("v1", "</s>"), ("plain", "</s>"), ("plain", "\n")])
+def test_generation_stops(pair: Pair, template: str, stop: str) -> None:
+    """At the end token, and in a plain caption at the newline; the text ends before either."""
+    prompt = Prompt((human("<image>"),), (picture(7),))
+    bundle = dataclasses.replace(pair.bundle, template=template)
+    tokenizer = pair.generator.tokenizer
+    end = tokenizer.eos_id if stop == "</s>" else tokenizer.encode("\n")[-1]
+    free = generator(bundle).generate([prompt], SamplingOptions(max_new_tokens=30))[0].tokens
+    used = set(encode_prompt(get_template(template), prompt.turns, tokenizer).tolist()) | {end}
+    # The first late token that came up for the first time, and not in the prompt, becomes the end.
+    at = next(i for i in range(4, len(free)) if free[i] not in used | set(free[:i]))
+    assert end not in free[: at + 1]
+    stopping = generator(swapped(bundle, free[at], end))
+    both = stopping.generate([prompt, PROMPTS["one image"]][:1], SamplingOptions(max_new_tokens=30))
+    assert both[0].tokens == (*free[:at], end)
+    assert both[0].finished
+    assert both[0].text == tokenizer.decode(free[:at]).strip()
+    assert "".join(stopping.stream(prompt, SamplingOptions(max_new_tokens=30))) == both[0].text
+
+
+def test_over_long_prompts_are_refused(pair: Pair) -> None:
+    long = Prompt((human("red " * MAX_POSITIONS),))
+    with pytest.raises(ValueError, match=rf"exceed the model's {MAX_POSITIONS} positions; shorten it"):
+        pair.generator.generate([PROMPTS["no image"], long], SamplingOptions(max_new_tokens=1))
+    with pytest.raises(ValueError, match=f"and {MAX_POSITIONS} new ones"):
+        pair.generator.generate([PROMPTS["no image"]], SamplingOptions(max_new_tokens=MAX_POSITIONS))
+
+
+def test_nothing_to_do(pair: Pair) -> None:
+    assert pair.generator.generate([], SamplingOptions()) == []
+
+
+def test_errors_name_the_thing(pair: Pair) -> None:
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.model"):
+        generator(dataclasses.replace(pair.bundle, tokenizer_file=None))
+    broken = Prompt((human("<image>\nWhat?"),), (b"no image",))
+    with pytest.raises(ValueError, match="image 0 of prompt 1: can't be decoded"):
+        pair.generator.generate([PROMPTS["one image"], broken], SamplingOptions(max_new_tokens=1))

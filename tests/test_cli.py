@@ -1,0 +1,287 @@
+"""The `sg4v` command: help, errors, and the loop from nothing to a chat, as a user would type it."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from sg4v_jax.__main__ import main, split_config
+from sg4v_jax.convert.load import load_model
+from sg4v_jax.infer.generate import Generator
+from sg4v_jax.train import metrics
+from sg4v_jax.world import load_photos
+
+COMMANDS = [
+    ["demo"],
+    ["data", "build"],
+    ["data", "tokenizer"],
+    ["data", "world"],
+    ["train"],
+    ["caption"],
+    ["chat"],
+    ["eval"],
+    ["convert"],
+]
+VOCAB = 400
+# Smaller than `tiny`: this trains nothing worth having.
+SMALL = [
+    "--config.model.vision.hidden_size=32",
+    "--config.model.vision.intermediate_size=48",
+    "--config.model.vision.num_layers=2",
+    "--config.model.vision.image_size=24",
+    "--config.model.text.hidden_size=32",
+    "--config.model.text.intermediate_size=48",
+    "--config.model.text.num_layers=1",
+    f"--config.model.text.vocab_size={VOCAB}",
+    "--config.train.num_steps=2",
+    "--config.train.log_every=1",
+    "--config.data.num_threads=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def same_logging_after() -> Iterator[None]:
+    """`main` sets up logging for a process of its own."""
+    logger = logging.getLogger("sg4v_jax")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The last line on standard error of a command that must exit with 2, without a traceback."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(argv))
+    assert exit_.value.code == 2
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err and not output.out
+    return output.err.strip().splitlines()[-1]
+
+
+def test_module_runs() -> None:
+    """Also that help needs no accelerator, and comes at once."""
+    done = subprocess.run([sys.executable, "-m", "sg4v_jax", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f"sg4v {' '.join(command[:1])}" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_shows_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"example:\n  sg4v {' '.join(command)} --" in shown
+
+
+def test_split_config() -> None:
+    argv = ["train", "--config=a.py:b", "--workdir", "w", "--config.x.y", "1", "--config.z=2", "--configure"]
+    own, config = split_config(argv)
+    assert own == ["train", "--workdir", "w", "--configure"]
+    assert config == ["--config=a.py:b", "--config.x.y=1", "--config.z=2"]
+    assert split_config(["train", "--config", "a.py"])[1] == ["--config=a.py"]
+
+
+TRAIN = ["train", "--workdir=w", "--config=configs/captioner.py:tiny"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "COMMAND"),
+        (["data", "bild"], "invalid choice: 'bild'"),
+        (["chat", "--model", "m", "--config=x"], "chat takes no --config"),
+        (["train", "--workdir=w"], "which config? Give --config=configs/NAME.py"),
+        (["train", "--workdir=w", "--config=configs/captoner.py"], "did you mean configs/captioner.py?"),
+        (["train", "--workdir=w", "--config=configs/captioner.py:9b"], "size '9b' is not one of"),
+        ([*TRAIN, "--config.optim.learning_rat=1"], "did you mean config.optim.learning_rate?"),
+        (TRAIN, "config.data.tokenizer is not set; give --config.data.tokenizer=PATH"),
+        ([*TRAIN, "--config.data.tokenizer=none.model"], "none.model"),
+        ([*TRAIN, "--config.mesh.fsdp=3"], "fsdp=3 x tensor=1 does not fit 1 devices"),
+        (["chat", "--model", "none", "Why?"], "none"),
+        (["chat", "--model", "none", "--temperature=-1", "Why?"], "temperature=-1.0 is out of range"),
+        (["eval", "--model=m", "--questions=none.jsonl", "--images=i", "--output=o"], "none.jsonl"),
+        (["caption", "--model=m", "--images=none.json", "--output=o"], "none.json"),
+        (["convert", "--model=none", "--output=o"], "none is no model"),
+        (["data", "build", "--name=x", "--json=none.json", "--images=.", "--output=o"], "none.json"),
+        (["data", "tokenizer", "--json", "none.json", "--vocab-size=400", "--output=o"], "none.json"),
+        (["data", "world", "--output=o", "--train=0"], "0 training"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_that_names_the_thing(
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"id": "a", "conversations": [', "line 1"),
+        ('[{"id": "a", "conversations": [{"from": "user", "value": "x"}]}]', "'from' is str 'user'"),
+        ('{"id": "a", "image": 7, "conversations": []}\n', "'image' is int 7"),
+    ],
+)
+def test_broken_records_are_named(
+    content: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text(content)
+    shown = fails(
+        capsys, "data", "build", "--name=x", f"--json={file}", "--images=.", f"--output={tmp_path / 'datasets'}"
+    )
+    assert "broken.json: record 0" in shown and message in shown
+
+
+def test_debug_shows_the_traceback(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["convert", "--debug", f"--model={tmp_path}", "--output=o"])
+
+
+# --- The loop ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Directories that the commands below made, in one folder."""
+
+    root: pathlib.Path
+
+    def __truediv__(self, name: str) -> str:
+        return os.fspath(self.root / name)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A world, a tokenizer, a dataset and a captioner, by four commands."""
+    made = Made(tmp_path_factory.mktemp("cli"))
+    main(["data", "world", "--output", made / "world", "--train=12", "--heldout=2", "--seed=1"])
+    captions = made / "world/cap_dense.json"
+    tokenizer = made / "tokenizer.model"
+    main(["data", "tokenizer", "--json", captions, f"--vocab-size={VOCAB}", "--output", tokenizer])
+    images = ["--images", made / "world/images", "--output", made / "datasets"]
+    main(["data", "build", "--name=caps", "--json", captions, *images])
+    data = [
+        f"--config.data.tokenizer={tokenizer}",
+        f"--config.data.sources.cap_dense.directory={made / 'datasets/llava/caps/1.0.0'}",
+    ]
+    main(["train", "--workdir", made / "run", "--config=configs/captioner.py:tiny", *SMALL, *data])
+    return made
+
+
+@pytest.fixture
+def run(made: Made, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command; what it printed."""
+
+    def call(*argv: str) -> str:
+        capsys.readouterr()
+        main(list(argv))
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.mark.slow
+def test_train(made: Made) -> None:
+    assert [line["step"] for line in metrics.read(made.root / "run/metrics.jsonl")] == [0, 1]
+    assert json.loads((made.root / "run/config.json").read_text())["stage"] == "captioner"
+    bundle = load_model(made / "run")
+    assert bundle.prompt.startswith("Analyze the image")
+    assert bundle.tokenizer_file == made.root / "run/tokenizer.model"
+
+
+@pytest.mark.slow
+def test_caption_goes_on_where_it_stopped(
+    made: Made, run: Callable[..., str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = [photo.encoded for photo in load_photos()[:3]]
+    for name, data in zip(("a.jpg", "sub/b.jpg", "c.jpg"), photos, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "broken.jpg").write_bytes(photos[0][:400])
+    output = tmp_path / "out"
+    argv = ["caption", "--model", made / "run", "--images", str(tmp_path), "--output", str(output)]
+    argv += ["--batch-size=2", "--max-new-tokens=6"]
+    shown = run(*argv)
+    assert "1 unreadable" in shown
+    lines = [json.loads(line) for line in (output / "captions.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == ["a.jpg", "c.jpg", "sub/b.jpg"]
+    (error,) = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
+    assert error["image"] == "broken.jpg" and "can't be decoded" in error["error"]
+    records = json.loads((output / "captions.json").read_text())
+    assert [record["image"] for record in records] == [line["image"] for line in lines if line["caption"]]
+
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "generate", lambda *_: pytest.fail("there was nothing left to do"))
+        run(*argv)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+    # A kill in the middle of a line: that image is done again, and gets the same caption.
+    text = (output / "captions.jsonl").read_text()
+    (output / "captions.jsonl").write_text(text[:-20])
+    run(*argv)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_eval_scores_against_the_truth(made: Made, run: Callable[..., str], tmp_path: pathlib.Path) -> None:
+    questions, truth = made.root / "world/heldout_questions.jsonl", made.root / "world/heldout_answers.jsonl"
+    answers = tmp_path / "answers.jsonl"
+    argv = ["--model", made / "run", "--questions", str(questions), "--images", made / "world/images"]
+    shown = run("eval", *argv, "--output", str(answers), "--truth", str(truth), "--max-new-tokens=2")
+    asked = [json.loads(line) for line in questions.read_text().splitlines()]
+    given = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["question_id"] for line in given] == [line["question_id"] for line in asked]
+    assert all(line["model_id"] == "run" for line in given)
+    assert f"{len(asked)} answers" in shown
+    assert all(line["category"] in shown for line in asked)
+
+
+@pytest.mark.slow
+def test_convert_and_chat(
+    made: Made,
+    run: Callable[..., str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The converted model says what the run says; a conversation goes on until its input ends."""
+    image = tmp_path / "photo.jpg"
+    image.write_bytes(load_photos()[0].encoded)
+    converted = str(tmp_path / "hf")
+    argv = ["convert", "--model", made / "run", "--output", converted, "--to=hf", "--dtype=float32"]
+    assert f"wrote {converted}" in run(*argv)
+    assert {"config.json", "tokenizer.json", "tokenizer.model"} <= set(os.listdir(converted))
+    assert "hf" in fails(capsys, *argv), "a directory that isn't empty is not overwritten"
+    chat = ["--image", str(image), "--max-new-tokens=4", "--dtype=float32"]
+    answers = [run("chat", "--model", model, *chat, "What is this?") for model in (made / "run", converted)]
+    assert answers[0] == answers[1] and answers[0].endswith("\n")
+
+    lines = iter(["What is this?", "And now?", "", "What is this?"])
+
+    def typed(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    said = run("chat", "--model", converted, *chat)
+    # An empty line starts over: the last answer is the first one again.
+    assert said.startswith(answers[0]) and said.endswith(answers[0])

@@ -1,0 +1,81 @@
+"""No room of the house knows one above it (docs/architecture.md), and peers stay outside."""
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "sg4v_jax"
+
+# From the ground up. A file imports from its own floor or below.
+FLOORS = (
+    ("version", "config"),
+    ("kernels", "parallel"),
+    ("models",),
+    ("data", "world"),
+    ("convert",),
+    ("infer",),
+    ("train", "caption", "evaluate"),
+    ("demo",),
+    ("__main__",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# What the library is compared with, or replaces. Only `convert` meets torch, to read its files.
+PEERS = {"torch", "transformers", "tensorflow", "torchvision"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: pathlib.Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: pathlib.Path) -> Iterator[tuple[str, int, bool]]:
+    """(module, line, whether it runs when the file is imported) of every import."""
+    tree = ast.parse(path.read_text())
+    # Bodies of functions run later; those of classes and `if` run at once.
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    late = {id(node) for f in ast.walk(tree) if isinstance(f, functions) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            # `from sg4v_jax import config` and `from sg4v_jax.data import build` name modules.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, node.lineno, id(node) not in late
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room(path) for path in FILES} - {"__init__"}
+    assert rooms == set(FLOOR), "say in FLOORS where the new room is"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_import_from_above(path: pathlib.Path) -> None:
+    for name, line, _ in imports(path):
+        parts = name.split(".")
+        if parts[0] != "sg4v_jax" or parts[1] == "configs":
+            continue
+        assert room(path) != "__init__", f"{path}:{line}: the package itself imports nothing of its own"
+        assert parts[1] in FLOOR, f"{path}:{line}: {name}"
+        assert FLOOR[parts[1]] <= FLOOR[room(path)], f"{path}:{line}: {name} is a floor above"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_peers_stay_outside(path: pathlib.Path) -> None:
+    for name, line, at_once in imports(path):
+        peer = name.split(".")[0]
+        if peer in PEERS:
+            allowed = peer == "torch" and room(path) == "convert" and not at_once
+            assert allowed, f"{path}:{line}: imports {peer}"
+
+
+def test_the_command_starts_quickly() -> None:
+    """`--help` needs no JAX: the entry point imports the rooms inside its commands."""
+    at_once = {name.split(".")[0] for name, _, now in imports(PACKAGE / "__main__.py") if now}
+    assert at_once <= {"argparse", "os", "sys", "collections", "typing"}

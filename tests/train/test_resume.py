@@ -1,0 +1,165 @@
+"""A killed run ends with the same bits as one that was never disturbed."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from ml_collections import ConfigDict
+
+from sg4v_jax import config as configs
+from sg4v_jax.convert.orbax import CHECKPOINTS, load_run, read_meta
+from sg4v_jax.data import build
+from sg4v_jax.train import groups, metrics
+from sg4v_jax.train.loop import train
+from tests.conftest import TinyWorld
+
+STEPS, KILLED_IN = 6, 4
+REPOSITORY = pathlib.Path(__file__).parents[2]
+# Timings differ, and the count of bad records starts anew with the process.
+NOT_COMPARED = ("positions_per_second", "skipped_records")
+
+# (packing, threads that decode, config file, dataset, steps between checkpoints)
+CASES = {
+    "one sample a row": (False, 1, "configs/finetune.py:tiny", "mix", 2),
+    "packed, two threads": (True, 2, "configs/pretrain.py:tiny", "captions", 1),
+}
+
+
+def run_config(case: str, world: TinyWorld) -> ConfigDict:
+    packing, threads, spec, dataset, every = CASES[case]
+    source = "sft_mix" if dataset == "mix" else "share_captioner"
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 2}
+    overrides = {f"model.{part}.{name}": size for part in ("vision", "text") for name, size in small.items()}
+    return configs.load(
+        spec,
+        **overrides,
+        **{
+            "model.text.num_kv_heads": 1,
+            "model.vision.image_size": 24,
+            "model.vision.tuned_from": 1 if "pretrain" in spec else 2,
+            f"data.sources.{source}.directory": os.fspath(getattr(world, dataset)),
+            "data.tokenizer": os.fspath(world.tokenizer),
+            "data.packing": packing,
+            "data.packing_bins": 4,
+            "data.num_threads": threads,
+            "data.seq_len": 192,
+            "train.num_steps": STEPS,
+            "train.log_every": 1,
+            "train.loss_chunk": 64,
+            "checkpoint.every": every,
+            "checkpoint.keep": STEPS,
+        },
+    )
+
+
+def saved(workdir: pathlib.Path, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """Parameters and optimizer state of a checkpoint, as they lie on the disk."""
+    with ocp.CheckpointManager((workdir / CHECKPOINTS).resolve(), item_names=("opt_state",)) as manager:
+        restored = manager.restore(step, args=ocp.args.Composite(opt_state=ocp.args.StandardRestore()))
+    return {
+        "params": dict(groups.flatten(load_run(workdir, step).params)),
+        "opt_state": {name: np.asarray(leaf) for name, leaf in restored.opt_state.items()},
+    }
+
+
+def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    lines = metrics.read(workdir / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in NOT_COMPARED} for line in lines]
+
+
+def train_and_die(case: str, world: TinyWorld, workdir: pathlib.Path) -> None:
+    """Trains in a process that kills itself, as SIGKILL from outside would, in the midst of a step.
+
+    At that moment the checkpoints of the steps before are being written in the background.
+    """
+    script = f"""
+import os, pathlib, signal
+from tests.conftest import TinyWorld
+from tests.train import test_resume
+from sg4v_jax.train.metrics import MetricsFile
+
+write = MetricsFile.write
+def write_or_die(self, step, values):
+    if step == {KILLED_IN}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, step, values)
+MetricsFile.write = write_or_die
+
+world = TinyWorld(*map(pathlib.Path, {[os.fspath(path) for path in vars(world).values()]!r}))
+test_resume.train(test_resume.run_config({case!r}, world), {os.fspath(workdir)!r})
+"""
+    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_killed_run_resumes_to_the_bit(case: str, tiny_world: TinyWorld, tmp_path: pathlib.Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    expected = train(run_config(case, tiny_world), undisturbed)
+    train_and_die(case, tiny_world, killed)
+    steps = sorted(int(path.name) for path in (killed / CHECKPOINTS).iterdir() if path.name.isdigit())
+    # The newest may or may not have been finished in time; the one before it was.
+    assert steps and steps[-1] in (2, 3, 4), steps
+    assert [line["step"] for line in logged(killed)] == list(range(KILLED_IN))
+    # A last line that was cut off, and one of a step that will be repeated, must do no harm.
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 0}\n{"step": 4, "lo')
+    found = train(run_config(case, tiny_world), killed)
+
+    assert found["loss"] == expected["loss"]
+    lines = logged(killed)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert lines == logged(undisturbed)
+    ours, theirs = saved(killed, STEPS), saved(undisturbed, STEPS)
+    for item, leaves in theirs.items():
+        assert leaves.keys() == ours[item].keys()
+        for name, leaf in leaves.items():
+            np.testing.assert_array_equal(ours[item][name], leaf, err_msg=f"{item} {name}")
+    start = dict(groups.flatten(load_run(undisturbed, steps[0]).params))
+    assert any(not np.array_equal(start[name], leaf) for name, leaf in ours["params"].items())
+
+
+@pytest.mark.slow
+def test_bad_record_is_skipped_and_counted(
+    tiny_world: TinyWorld, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a finished run stays finished; its checkpoint says what it was."""
+    good = sorted((tiny_world.image_root / "photos").iterdir())[0]
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "good.jpg").write_bytes(good.read_bytes())
+    (images / "cut.jpg").write_bytes(good.read_bytes()[:500])
+    records = [
+        {"id": str(i), "image": name, "conversations": [{"from": "human", "value": "<image>\nWhat?"},
+                                                        {"from": "gpt", "value": "A cup."}]}
+        for i, name in enumerate(["good.jpg", "cut.jpg", "good.jpg"])
+    ]  # fmt: skip
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    # The build would refuse the image; a disk that fails later does not ask.
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "load_image", lambda data, name: None)
+        dataset, report = build.build("bad", tmp_path / "records.json", images, tmp_path / "datasets")
+    assert report.written == 3
+    config = run_config("one sample a row", tiny_world)
+    with config.unlocked():
+        config.data.sources.sft_mix.directory = os.fspath(dataset)
+        config.train.num_steps = 2
+    workdir = tmp_path / "run"
+    values = train(config, workdir)
+    assert values["skipped_records"] >= 1
+    assert metrics.read(workdir / "metrics.jsonl")[-1]["skipped_records"] == values["skipped_records"]
+    before = (workdir / "metrics.jsonl").read_bytes()
+    train(config, workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    meta = read_meta(workdir)
+    assert (meta["step"], meta["stage"], meta["template"]) == (2, "finetune", "v1")
+    assert meta["config"]["train"]["num_steps"] == 2
