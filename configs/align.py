@@ -17,9 +17,6 @@ def get_config(size: str = "7b") -> ConfigDict:
     config.data.aspect = "square"
     if size == "tiny":
         config.optim.groups = ((common.ABOVE_BLOCKS, None), (".*", 1.0))
-        config.data.seq_len = 160
-        config.data.image_slots = 4
-        config.data.batch_size = 4
     else:
         config.data.batch_size = 256
         config.optim.learning_rate = 1e-3

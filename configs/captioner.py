@@ -19,6 +19,9 @@ def get_config(size: str = "7b") -> ConfigDict:
     if size == "tiny":
         # From scratch, so the embeddings below the blocks learn as well.
         config.optim.groups = ((common.ABOVE_BLOCKS, None), (".*", 1.0))
+        # Without system text and prompt, which would be half of every sample.
+        config.data.template = "plain"
+        config.data.prompt = ""
     else:
         config.model.vision.tuned_from = 12
         config.optim.groups = ((common.BELOW_BLOCKS, None), (common.ABOVE_BLOCKS, None), (".*", 1.0))

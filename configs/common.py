@@ -22,7 +22,7 @@ VISION = {
         "num_layers": 4,
         "num_heads": 4,
         "image_size": 48,
-        "patch_size": 12,
+        "patch_size": 8,
     },
 }
 VISION["13b"] = VISION["7b"]
@@ -131,9 +131,10 @@ def add_source(config: ConfigDict, name: str, weight: float = 0.0) -> None:
 
 def _shrink(config: ConfigDict) -> None:
     """What a model of a million parameters, trained from scratch on a CPU, wants instead."""
-    config.data.seq_len = 384
-    config.data.image_slots = 3
-    config.data.batch_size = 6
+    # Four captioned images a row.
+    config.data.seq_len = 328
+    config.data.image_slots = 4
+    config.data.batch_size = 4
     config.data.packing_bins = 16
     config.data.num_threads = 2
     config.optim.learning_rate = 2e-3
@@ -142,6 +143,6 @@ def _shrink(config: ConfigDict) -> None:
     config.optim.clip_norm = 1.0
     config.train.compute_dtype = "float32"
     config.train.remat = "none"
-    config.train.loss_chunk = 384
+    config.train.loss_chunk = 512
     config.checkpoint.every = 1000
     config.checkpoint.keep = 1

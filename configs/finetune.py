@@ -12,4 +12,8 @@ def get_config(size: str = "7b") -> ConfigDict:
     # All blocks that are computed, so none keeps activations or gradients.
     config.model.vision.tuned_from = config.model.vision.num_layers - 1
     config.optim.groups = (("vision/.*", None), (".*", 1.0))
+    if size == "tiny":
+        config.data.seq_len = 512
+        config.data.image_slots = 3
+        config.optim.learning_rate = 1e-3
     return config

@@ -12,9 +12,6 @@ def get_config(size: str = "7b") -> ConfigDict:
     config.data.template = "plain"
     config.data.aspect = "square"
     if size == "tiny":
-        config.data.seq_len = 256
-        config.data.image_slots = 4
-        config.data.batch_size = 4
         config.optim.learning_rate = 5e-4
     else:
         config.data.batch_size = 256

@@ -56,7 +56,7 @@ def _quiet() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("sg4v_jax")
-    logger.addHandler(handler)
+    logger.handlers[:] = [handler]  # Not one more for each call in the same process.
     logger.setLevel(logging.INFO)
     logger.propagate = False
 

@@ -65,7 +65,8 @@ def _check_fields(config: ConfigDict, paths: Sequence[str]) -> None:
             if part not in known:
                 near = difflib.get_close_matches(part, known, n=1)
                 where = ".".join(["config", *parts[:i]])
-                hint = f"did you mean {where}.{near[0]}?" if near else f"there are {', '.join(known) or 'none'}"
+                there = f"there are {', '.join(known)}" if known else "it is a value"
+                hint = f"did you mean {where}.{near[0]}?" if near else there
                 raise ValueError(f"no field {where}.{part}; {hint}")
             node = node[part]
 

@@ -29,18 +29,25 @@ COMMANDS = [
     ["convert"],
 ]
 VOCAB = 400
-# Smaller than `tiny`: this trains nothing worth having.
+PROMPT = "Describe the image."
+# Smaller than `tiny`, and independent of it: this trains nothing worth having.
 SMALL = [
     "--config.model.vision.hidden_size=32",
     "--config.model.vision.intermediate_size=48",
     "--config.model.vision.num_layers=2",
     "--config.model.vision.image_size=24",
+    "--config.model.vision.patch_size=12",
     "--config.model.text.hidden_size=32",
     "--config.model.text.intermediate_size=48",
     "--config.model.text.num_layers=1",
     f"--config.model.text.vocab_size={VOCAB}",
     "--config.train.num_steps=2",
     "--config.train.log_every=1",
+    "--config.data.template=v1",
+    f"--config.data.prompt={PROMPT}",
+    "--config.data.seq_len=384",
+    "--config.data.image_slots=2",
+    "--config.data.batch_size=2",
     "--config.data.num_threads=1",
 ]
 
@@ -142,9 +149,8 @@ def test_broken_records_are_named(
 ) -> None:
     file = tmp_path / "broken.json"
     file.write_text(content)
-    shown = fails(
-        capsys, "data", "build", "--name=x", f"--json={file}", "--images=.", f"--output={tmp_path / 'datasets'}"
-    )
+    places = ["--images=.", f"--output={tmp_path / 'datasets'}"]
+    shown = fails(capsys, "data", "build", "--name=x", f"--json={file}", *places)
     assert "broken.json: record 0" in shown and message in shown
 
 
@@ -201,7 +207,7 @@ def test_train(made: Made) -> None:
     assert [line["step"] for line in metrics.read(made.root / "run/metrics.jsonl")] == [0, 1]
     assert json.loads((made.root / "run/config.json").read_text())["stage"] == "captioner"
     bundle = load_model(made / "run")
-    assert bundle.prompt.startswith("Analyze the image")
+    assert (bundle.prompt, bundle.template) == (PROMPT, "v1")
     assert bundle.tokenizer_file == made.root / "run/tokenizer.model"
 
 

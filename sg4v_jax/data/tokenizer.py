@@ -132,9 +132,18 @@ def train_tokenizer(
     """
     path = pathlib.Path(path)
     model = io.BytesIO()
+    failures: list[Exception] = []
+
+    def lines() -> Iterator[str]:
+        # SentencePiece takes an error in here for its own, or for the end of the texts.
+        try:
+            yield from _lines(texts)
+        except Exception as error:
+            failures.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=vocab_size,
             hard_vocab_limit=hard_vocab_limit,
@@ -155,12 +164,16 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise ValueError(
             f"can't train a tokenizer of {vocab_size} pieces on these texts: {error}\n"
             "Too high: give more text, a smaller vocab_size, or hard_vocab_limit=False to take "
             "what there is. Smaller than required_chars: give a larger vocab_size. Sentences "
             "empty: give at least one non-empty text."
         ) from error
+    if failures:
+        raise failures[0]
     _write_atomically(path, model.getvalue())
     return Tokenizer(path)
 

@@ -50,7 +50,7 @@ def _header(report: Report) -> str:
         "<header><p class=kicker>sg4v_jax demo</p>"
         "<h1>Describe what you see, then learn from the descriptions</h1>"
         "<p class=lead>The ShareGPT4V loop on a small drawn world whose truth is known exactly: "
-        "a captioner learns from few dense captions, describes the images that have none, and a model "
+        "a captioner learns from dense captions, describes the images that have none, and a model "
         "pre-trained on its captions is tuned to answer questions.</p>"
         f"<div class=figures>{cells}</div></header>"
     )
@@ -205,9 +205,8 @@ def _notes(report: Report) -> str:
         "Blind": "What a captioner that ignores the image can reach, the better of two ways: the captioner's "
         f"own captions scored against all the wrong scenes (F1 {blind.deranged.f1:.3f}), or the one training "
         f"caption that fits all scenes best (F1 {blind.constant.f1:.3f}).",
-        "Align": "There are no pre-trained weights here. A stage on brief captions, from random weights, "
-        "stands in for CLIP, Vicuna and LLaVA-1.5's projector. Facts belong to places, and brief captions "
-        "name none: by design the score finds little more than the background in them.",
+        "Start": "There are no pre-trained weights here. The captioner starts from random weights, and its "
+        "weights stand in for CLIP, Vicuna and LLaVA-1.5's projector where pre-training starts.",
         "Wrong": "Marked as the score counts: everything said of a place that is empty is wrong, and so is a "
         "relation between two things that a dense caption would not relate, even where it holds.",
         "Held-out": "No held-out scene is equal to a training scene, but all are drawn by the same rules. "

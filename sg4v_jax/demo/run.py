@@ -1,9 +1,9 @@
 """The project's main job in small: every stage of the loop on the embedded world, in one call.
 
-There are no pre-trained weights to start from, so an `align` stage on brief captions stands in for
-CLIP, Vicuna and LLaVA-1.5's projector. From there on it is the paper: a captioner learns from few
-dense captions, re-captions images that had none, and what is pre-trained on its captions is tuned
-to answer questions.
+There are no pre-trained weights to start from, so the captioner learns from random ones, and its
+weights stand in for CLIP, Vicuna and LLaVA-1.5's projector where pre-training starts. The rest is the
+paper: a captioner learns from dense captions, re-captions images that had none, and what is
+pre-trained on its captions is tuned to answer questions.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from sg4v_jax.infer.sampling import SamplingOptions
 from sg4v_jax.parallel.mesh import make_mesh
 from sg4v_jax.train import metrics
 from sg4v_jax.train.loop import train
-from sg4v_jax.world import Scene, WorldFiles, attribute_f1, blind_f1, write_world
+from sg4v_jax.world import WorldFiles, attribute_f1, blind_f1, write_world
 
 CAPTION_TOKENS, ANSWER_TOKENS = 100, 8
 BATCH = 64
@@ -46,17 +46,15 @@ class Plan:
 
     Attributes:
       train_scenes, heldout_scenes: images drawn.
+      dense_share: part of the training images that come with a dense caption; the rest is the
+        corpus that the captioner captions.
       steps: optimizer steps of each training stage.
     """
 
-    train_scenes: int = 8000
+    train_scenes: int = 10000
+    dense_share: float = 0.8
     heldout_scenes: int = 64
-    steps: tuple[tuple[str, int], ...] = (
-        ("align", 900),
-        ("captioner", 700),
-        ("pretrain", 300),
-        ("finetune", 700),
-    )
+    steps: tuple[tuple[str, int], ...] = (("captioner", 1500), ("pretrain", 200), ("finetune", 600))
 
     def scaled(self, scenes: int, factor: float) -> "Plan":
         """With another number of scenes (0: the same) and all steps times `factor`."""
@@ -78,18 +76,14 @@ class Demo:
         """All stages, then the report. What an earlier run finished is not done again."""
         with self._stage("draw the world and build its datasets"):
             self._build_data()
-        with self._stage("align: brief captions, from random weights"):
-            self._train("align", "brief", {})
-        base = self._run_dir("align")
         with self._stage("train the captioner on dense captions"):
-            self._train("captioner", "dense", dict.fromkeys(("vision", "projector", "text"), base))
+            self._train("captioner", "dense", start="")
         with self._stage("re-caption the images that have none"):
             self._recaption()
         with self._stage("pre-train on the captioner's captions"):
-            self._train("pretrain", "recaptioned", dict.fromkeys(("vision", "projector", "text"), base))
+            self._train("pretrain", "recaptioned", start=self._run_dir("captioner"))
         with self._stage("tune on instructions (SFT)"):
-            tuned = dict.fromkeys(("vision", "projector", "text"), self._run_dir("pretrain"))
-            self._train("finetune", "sft", tuned)
+            self._train("finetune", "sft", start=self._run_dir("pretrain"))
         with self._stage("caption and answer on held-out images, score"):
             report = self._evaluate()
         with self._stage("export to Hugging Face LLaVA, reload, compare"):
@@ -105,14 +99,15 @@ class Demo:
             write_world(
                 self.workdir / "world",
                 train_scenes=self.plan.train_scenes,
+                dense_share=self.plan.dense_share,
                 heldout_scenes=self.plan.heldout_scenes,
                 seed=self.seed,
                 progress=_bar("drawing", "images"),
             )
             (self.workdir / "world.done").touch()
-        files = {"brief": self.world.cap_brief, "dense": self.world.cap_dense, "sft": self.world.sft_mix}
+        files = {"dense": self.world.cap_dense, "sft": self.world.sft_mix}
         if not self.tokenizer.exists():
-            vocab_size = config_lib.load("configs/align.py:tiny").model.text.vocab_size
+            vocab_size = config_lib.load("configs/captioner.py:tiny").model.text.vocab_size
             train_tokenizer(training_texts(files.values()), self.tokenizer, vocab_size)
         for name, json_file in files.items():
             self._build_dataset(name, json_file)
@@ -141,7 +136,7 @@ class Demo:
 
     # --- Training --------------------------------------------------------------------------------
 
-    def _train(self, stage: str, dataset: str, init: dict[str, str]) -> None:
+    def _train(self, stage: str, dataset: str, start: str) -> None:
         config = config_lib.load(f"configs/{stage}.py:tiny")
         (source,) = config.data.sources.keys()
         directory = self.workdir / "datasets" / "llava" / dataset / "1.0.0"
@@ -151,7 +146,7 @@ class Demo:
                 "data.tokenizer": os.fspath(self.tokenizer),
                 f"data.sources.{source}.directory": os.fspath(directory),
                 "train.num_steps": self.steps[stage],
-                **{f"init.{part}": path for part, path in init.items()},
+                **{f"init.{part}": start for part in ("vision", "projector", "text")},
             }
         )
         train(config, self._run_dir(stage))
@@ -167,8 +162,9 @@ class Demo:
     def _evaluate(self) -> Report:
         heldout = self.world.read_heldout()
         names, scenes = [name for name, _ in heldout], [scene for _, scene in heldout]
-        captions = {stage: self._captions(stage, names) for stage in ("align", "captioner", "pretrain")}
-        training = [record["conversations"][1]["value"] for record in json.loads(self.world.cap_dense.read_text())]
+        captions = {stage: self._captions(stage, names) for stage in ("captioner", "pretrain")}
+        dense = json.loads(self.world.cap_dense.read_text())
+        training = [record["conversations"][1]["value"] for record in dense]
         answers = self.workdir / "answers.jsonl"
         questions = read_jsonl(self.world.heldout_questions, ("question_id", "text"))
         answer_questions(
@@ -191,7 +187,10 @@ class Demo:
             accuracy=score_file(answers, self.world.heldout_answers),
             majority=_majority_accuracy(truth),
             questions=_join_answers(questions, answers, truth),
-            curves={stage: metrics.read(pathlib.Path(self._run_dir(stage)) / "metrics.jsonl") for stage in self.steps},
+            curves={
+                stage: metrics.read(pathlib.Path(self._run_dir(stage)) / metrics.FILE_NAME)
+                for stage in self.steps
+            },
             photos=self._photos(),
         )
 
@@ -233,7 +232,7 @@ class Demo:
     @contextmanager
     def _stage(self, title: str) -> Iterator[None]:
         number = len(self.times) + 1
-        print(f"\n[{number}/8] {title}", file=sys.stderr, flush=True)
+        print(f"\n[{number}/7] {title}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         yield
         self.times[title] = time.perf_counter() - start

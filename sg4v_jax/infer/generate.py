@@ -138,7 +138,7 @@ class Generator:
     def stream(self, prompt: Prompt, options: SamplingOptions) -> Iterator[str]:
         """Yields the answer to one prompt piece by piece, as it is decoded."""
         tokens: list[int] = []
-        shown = ""
+        text = shown = ""
         for (new,) in self._chunks([prompt], [options]):
             tokens.extend(new)
             text = self._complete(tokens, options.max_new_tokens).text
@@ -146,6 +146,8 @@ class Generator:
             if text.startswith(shown) and not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
+        if text != shown:  # It ends in the middle of a character: nothing more will come.
+            yield text[len(shown) :]
 
     def _chunks(self, prompts: Sequence[Prompt], rows: list[SamplingOptions]) -> Iterator[list[list[int]]]:
         """New tokens of each row, a few at a time, until all rows have stopped."""

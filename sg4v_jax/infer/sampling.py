@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RowOptions:
     top_p: Float[Array, " batch"]
     top_k: Int[Array, " batch"]
     repetition_penalty: Float[Array, " batch"]
-    seed: Int[Array, " batch"]
+    seed: UInt[Array, " batch"]
 
     @classmethod
     def of(cls, rows: list[SamplingOptions]) -> "RowOptions":

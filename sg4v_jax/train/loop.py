@@ -1,4 +1,4 @@
-"""Training, top to bottom: mesh, data, model, optimizer, resume, loop."""
+"""Training, top to bottom: mesh, data, model and optimizer, resume, loop."""
 
 import json
 import logging
@@ -8,10 +8,10 @@ import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tqdm
 from ml_collections import ConfigDict
 
@@ -21,14 +21,10 @@ from sg4v_jax.data.loader import Loader, LoaderConfig, Source
 from sg4v_jax.data.sample import SampleFormat
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.models.config import ModelConfig
-from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.parallel.mesh import make_mesh
-from sg4v_jax.parallel.placement import param_shardings
 from sg4v_jax.train import groups, metrics
 from sg4v_jax.train.checkpoint import Checkpointer
-from sg4v_jax.train.initial import initial_params, with_dtypes
-from sg4v_jax.train.optimizer import make_optimizer, state_shardings, warmup_cosine
-from sg4v_jax.train.step import make_train_step
+from sg4v_jax.train.setup import Setup, compile_step, resume_or_start, set_up
 
 log = logging.getLogger(__name__)
 
@@ -42,116 +38,77 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         resumes from it and ends with the same weights as if it had never stopped.
 
     Returns:
-      The metrics of the last logged step.
+      The metrics of the last logged step; none if there was nothing left to do.
     """
     workdir = pathlib.Path(workdir)
-    main_process = jax.process_index() == 0
-
-    # --- Mesh, tokenizer, data -------------------------------------------------------------------
     mesh = make_mesh(**config.mesh)
     tokenizer = Tokenizer(_required(config.data.tokenizer, "config.data.tokenizer"))
-    model_config = _model_config(config, tokenizer)
-    loader = Loader(loader_config(config, model_config), tokenizer)
+    model = _model_config(config, tokenizer)
+    loader = Loader(loader_config(config, model), tokenizer)
     num_steps = config.train.num_steps or math.ceil(loader.steps_per_epoch() * config.train.num_epochs)
     batches = iter(loader)
 
     with jax.set_mesh(mesh):
-        # --- Model and optimizer, as shapes first ------------------------------------------------
-        compute_dtype = jnp.dtype(config.train.compute_dtype)
-        graphdef, shapes, axes = abstract_model(model_config)
-        shapes = with_dtypes(shapes, config.optim.groups, compute_dtype)
-        shardings = param_shardings(shapes, axes, mesh)
-        schedule = warmup_cosine(config.optim.learning_rate, config.optim.warmup_ratio, num_steps)
-        trainable_shapes, _ = groups.split(shapes, config.optim.groups)
-        optimizer = make_optimizer(
-            trainable_shapes,
-            config.optim.groups,
-            schedule=schedule,
-            b1=config.optim.b1,
-            b2=config.optim.b2,
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            clip_norm=config.optim.clip_norm,
-        )
-        trainable_shardings, _ = groups.split(shardings, config.optim.groups)
-        opt_shapes = jax.eval_shape(optimizer.init, trainable_shapes)
-        opt_shardings = state_shardings(optimizer, trainable_shapes, trainable_shardings, mesh)
-
-        # --- Resume this run, or start from given parts and random values ------------------------
+        setup = set_up(config, model, mesh, num_steps)
         checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
-        first_step = checkpointer.latest_step() or 0
-        if first_step:
-            params, opt_state = checkpointer.restore(
-                first_step,
-                _with_shardings(shapes, shardings),
-                _with_shardings(opt_shapes, opt_shardings),
-                batches,
-            )
-            log.info("resuming %s at step %d", workdir, first_step)
-            trainable, frozen = groups.split(params, config.optim.groups)
-        else:
-            params = initial_params(model_config, config.init.to_dict(), shapes, shardings, config.seed)
-            trainable, frozen = groups.split(params, config.optim.groups)
-            opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
-        del params  # The step donates its parts; nothing else may hold them.
-        if main_process:
+        first_step, trainable, opt_state, frozen = resume_or_start(setup, config, checkpointer, batches)
+        train_step = compile_step(setup, config)
+        if jax.process_index() == 0:
             _write_run_files(workdir, config, tokenizer)
             _log_summary(trainable, frozen, num_steps, loader.num_records)
+        recorder = _Recorder(workdir, config, setup, loader, first_step)
+        meta = _meta(config, model, tokenizer)
 
-        # --- The step ----------------------------------------------------------------------------
-        step_fn = make_train_step(
-            graphdef,
-            optimizer,
-            compute_dtype=compute_dtype,
-            remat=config.train.remat,
-            loss_chunk=config.train.loss_chunk,
-            accumulate=config.train.accumulate,
-            reduction=config.train.loss_reduction,
-        )
-        out_shardings = (trainable_shardings, opt_shardings, None)
-        train_step = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out_shardings)
-
-        # --- Loop --------------------------------------------------------------------------------
-        metrics_file = metrics.MetricsFile(workdir / "metrics.jsonl", first_step) if main_process else None
-        meta = _meta(config, model_config, tokenizer)
-        steps = tqdm.trange(
-            first_step,
-            num_steps,
-            initial=first_step,
-            total=num_steps,
-            desc=config.stage,
-            disable=not (main_process and sys.stderr.isatty()),
-        )
-        values: dict[str, float] = {}
-        window_start, window_tokens = time.perf_counter(), 0.0
-        for step in steps:
+        for step in _progress(config.stage, first_step, num_steps):
             batch = to_devices(next(batches), mesh)
             trainable, opt_state, step_metrics = train_step(trainable, opt_state, frozen, batch)
-            done = step + 1
-            window_tokens += batch.tokens.size
-            if done % config.train.log_every == 0 or done == num_steps:
-                # Reading a number waits for the device, so it happens only here.
-                values = {name: float(value) for name, value in step_metrics.items()}
-                now = time.perf_counter()
-                values |= {
-                    "learning_rate": float(schedule(step)),
-                    "positions_per_second": window_tokens / (now - window_start),
-                    "skipped_records": loader.skipped.total,
-                }
-                window_start, window_tokens = now, 0.0
-                if metrics_file:
-                    metrics_file.write(step, values)
-                steps.set_postfix(loss=f"{values['loss']:.3f}")
-            if done % config.checkpoint.every == 0 or done == num_steps:
+            last = step + 1 == num_steps
+            recorder.add(step, step_metrics, batch.tokens.size, log_now=last)
+            if last or (step + 1) % config.checkpoint.every == 0:
                 params = groups.merge(trainable, frozen)
-                checkpointer.save(done, params, opt_state, batches, meta | {"step": done})
-                del params
+                checkpointer.save(step + 1, params, opt_state, batches, meta | {"step": step + 1})
+                del params  # The next step donates its leaves; nothing else may hold them.
         checkpointer.close()
-        if metrics_file:
-            metrics_file.close()
     if loader.skipped.total:
         log.warning("skipped records: %s", json.dumps(loader.skipped.summary()))
-    return values
+    return recorder.latest
+
+
+class _Recorder:
+    """Numbers of the steps, on the main process to `metrics.jsonl`."""
+
+    def __init__(
+        self, workdir: pathlib.Path, config: ConfigDict, setup: Setup, loader: Loader, first_step: int
+    ):
+        self._every, self._schedule, self._loader = config.train.log_every, setup.schedule, loader
+        main = jax.process_index() == 0
+        self._file = metrics.MetricsFile(workdir / metrics.FILE_NAME, first_step) if main else None
+        self._start, self._positions = time.perf_counter(), 0
+        self.latest: dict[str, float] = {}
+
+    def add(self, step: int, values: dict[str, jax.Array], positions: int, *, log_now: bool) -> None:
+        """Counts a step; reads and writes its numbers when they are due."""
+        self._positions += positions
+        if not log_now and (step + 1) % self._every:
+            return
+        # Reading a number waits for the device, so it happens only here.
+        self.latest = {name: float(value) for name, value in values.items()}
+        now = time.perf_counter()
+        self.latest |= {
+            "learning_rate": float(self._schedule(step)),
+            "positions_per_second": self._positions / (now - self._start),
+            "skipped_records": self._loader.skipped.total,
+        }
+        self._start, self._positions = now, 0
+        if self._file:
+            self._file.write(step, self.latest)
+
+
+def _progress(stage: str, first_step: int, num_steps: int) -> Iterable[int]:
+    """Steps to do, behind a progress bar where somebody watches."""
+    hidden = jax.process_index() > 0 or not sys.stderr.isatty()
+    steps = range(first_step, num_steps)
+    return tqdm.tqdm(steps, initial=first_step, total=num_steps, desc=stage, disable=hidden)
 
 
 def loader_config(config: ConfigDict, model: ModelConfig) -> LoaderConfig:
@@ -195,10 +152,6 @@ def _required(value: str | None, name: str) -> str:
     if not value:
         raise ValueError(f"{name} is not set; give --{name}=PATH")
     return value
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
 
 def _meta(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import os
 import pathlib
 from typing import Any
 
+FILE_NAME = "metrics.jsonl"
+
 
 class MetricsFile:
     """Append-only `metrics.jsonl`.
@@ -25,9 +27,6 @@ class MetricsFile:
         """Appends the numbers of one step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def make_optimizer(
       groups: regex groups with learning-rate multipliers.
       schedule: learning rate by step, before the multipliers.
       b1, b2, eps: AdamW's constants; the original's are 0.9, 0.999, 1e-8.
-      weight_decay: decoupled decay; biases, norms and position-free vectors are exempt.
+      weight_decay: decoupled decay; biases and norm scales are exempt.
       clip_norm: global norm that gradients are clipped to; 0 is off, as in effect in the original
         (its DeepSpeed configuration sets no clipping, spec 4.3).
     """

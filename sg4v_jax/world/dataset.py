@@ -62,7 +62,7 @@ class WorldFiles:
     Attributes:
       image_root: The folder that image paths in all the files are relative to.
       cap_brief: Brief captions of all training scenes, in the format of LLaVA's
-        `blip_laion_cc_sbu_558k.json`: to learn to see at all.
+        `blip_laion_cc_sbu_558k.json`: for `configs/align.py`.
       cap_dense: Dense captions of the photos and of a part of the training scenes, in the
         format of `sharegpt4v_instruct_gpt4-vision_cap100k.json`: to train a captioner.
       images_to_caption: JSON list of the training images without a dense caption: what the
@@ -142,9 +142,11 @@ def write_world(
       The paths of what was written.
 
     Raises:
-      ValueError: A number is too small.
+      ValueError: A number is too small, or `dense_share` out of range.
       OSError: The directory can't be written.
     """
+    if not 0 <= dense_share <= 1:
+        raise ValueError(f"dense_share {dense_share} must lie between 0 and 1")
     train, heldout = split_scenes(train_scenes, heldout_scenes, seed)
     photos = load_photos()
     files = WorldFiles.below(directory)

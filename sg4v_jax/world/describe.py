@@ -29,7 +29,7 @@ def brief(scene: Scene) -> str:
       scene: The scene.
 
     Returns:
-      For example "A large red circle and a small blue square on a gray background."
+      For example "A large red circle and a small blue bar on a gray background."
     """
     things = [f"a {thing.size} {thing.color} {thing.shape}" for thing in scene.things]
     listed = " and ".join(part for part in (", ".join(things[:-1]), things[-1]) if part)
@@ -47,7 +47,7 @@ def dense(scene: Scene) -> str:
       scene: The scene.
 
     Returns:
-      A paragraph of 15 to 57 words; `score.parse` recovers every fact of the scene from it.
+      A paragraph of 16 to 56 words; `score.parse` recovers every fact of the scene from it.
     """
     sentences = [
         f"At the {thing.position} is a {thing.size} {thing.texture} {thing.color} {thing.shape}."

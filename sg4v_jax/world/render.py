@@ -26,12 +26,13 @@ _BACKGROUNDS: dict[str, RGB] = {
     "teal": (66, 124, 126),
     "navy": (40, 50, 92),
 }
-_DIAMETER = {"small": 0.56, "large": 0.92}  # of a cell, outline included
+_DIAMETER = {"small": 0.6, "large": 0.96}  # of a cell, outline included
 _JITTER = 0.12  # of a cell, at most; less where the thing leaves less room
-_OUTLINE = 0.04  # of the thing
-_PERIOD = {"small": 0.2, "large": 0.26}  # of a cell; at 64 px a small thing's is 4 pixels
+_OUTLINE = 0.07  # of the thing
+_PERIOD = {"small": 0.2, "large": 0.26}  # of a cell; at 64 px a small thing's is 6 pixels
 _SUPERSAMPLE = 4
-_DARKEN = 0.3
+_DARKEN = 0.2
+_TINT = 0.45
 
 
 def render(scene: Scene, size: int = 224) -> Image.Image:
@@ -92,7 +93,7 @@ def _background(color: str, pattern: str, size: int) -> Image.Image:
     """Draws a background; `pattern` changes its brightness by up to a third."""
     y, x = np.mgrid[0:size, 0:size] / size
     if pattern == "checkered":
-        # Six squares a side: half a cell each, eleven pixels at 64.
+        # Six squares a side: a third of a cell each, eleven pixels at 64.
         light = np.where((np.floor(6 * x) + np.floor(6 * y)) % 2, 1.11, 0.87)
     elif pattern == "shaded":
         light = 1.12 - 0.45 * y
@@ -122,7 +123,8 @@ def _sticker(shape: str, color: str, thing_size: str, texture: str, size: int) -
     pixels[body, :3] = fill
     marks = _marks(texture, side, _PERIOD[thing_size] * cell)
     if texture == "striped":
-        pixels[body & marks, :3] = 255
+        # Tinted, not white: stripes must not be stronger than the outline that shows the shape.
+        pixels[body & marks, :3] = np.rint(255 - (255 - fill) * _TINT).astype(np.uint8)
     else:
         # Dark dots that ran into the dark outline would change the shape.
         pixels[core & marks, :3] = dark
@@ -161,9 +163,9 @@ def _mask(shape: str, side: int, margin: float) -> Image.Image:
         circle(1.0, 255)
     elif shape == "ring":
         circle(1.0, 255)
-        circle(0.48, 0)
-    elif shape == "square":
-        polygon((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88))
+        circle(0.56, 0)
+    elif shape == "bar":
+        polygon((-1, -0.42), (1, -0.42), (1, 0.42), (-1, 0.42))
     elif shape == "triangle":
         polygon((0, -0.92), (1, 0.84), (-1, 0.84))
     elif shape == "cross":

@@ -12,7 +12,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("circle", "bar", "triangle", "star", "cross", "ring")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
@@ -37,8 +37,8 @@ class Thing:
       color: One of `COLORS`.
       size: One of `SIZES`.
       texture: One of `TEXTURES`.
-      column: 0 (left) to 2 (right).
-      row: 0 (top) to 2 (bottom).
+      column: 0 (left) or 1 (right).
+      row: 0 (top) or 1 (bottom).
 
     Raises:
       ValueError: A value is outside the vocabulary or the grid.

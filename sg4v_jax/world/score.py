@@ -76,9 +76,7 @@ _WORDS = {
     **dict.fromkeys(SIZES, "size"),
     **dict.fromkeys(TEXTURES, "texture"),
 }
-_THING = re.compile(
-    rf"\bat the {_either(POSITIONS)} is an? ((?:{_either(_WORDS)} )*){_either(SHAPES)}"
-)
+_THING = re.compile(rf"\bat the {_either(POSITIONS)} is an? ((?:{_either(_WORDS)} )*){_either(SHAPES)}")
 _RELATION = re.compile(rf"\b{_either(SHAPES)} is {_either(RELATIONS)} the {_either(SHAPES)}")
 _BACKGROUND = re.compile(rf"\bbackground is {_either(BACKGROUNDS)}|\b{_either(BACKGROUNDS)} background")
 _PATTERN = re.compile(rf"\bbackground is \w+ and {_either(PATTERNS)}")

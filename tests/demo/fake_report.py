@@ -10,7 +10,6 @@ from sg4v_jax.world import (
     answer_accuracy,
     attribute_f1,
     blind_f1,
-    brief,
     dense,
     load_photos,
     questions,
@@ -18,10 +17,9 @@ from sg4v_jax.world import (
     sample_scene,
 )
 
-STAGES = ("align", "captioner", "pretrain", "finetune")
+STAGES = ("captioner", "pretrain", "finetune")
 TIMES = {
     "draw the world and build its datasets": 21.4,
-    "align: brief captions, from random weights": 311.2,
     "train the captioner on dense captions": 288.7,
     "re-caption the images that have none": 71.9,
     "pre-train on the captioner's captions": 127.3,
@@ -47,7 +45,6 @@ def fake_report(count: int = 8) -> Report:
     dice = random.Random(0)
     scenes = [sample_scene(seed) for seed in range(count)]
     captions = {
-        "align": [spoiled(brief(scene), dice, 0.3) for scene in scenes],
         "captioner": [spoiled(dense(scene), dice, 0.12) for scene in scenes],
         "pretrain": [spoiled(dense(scene), dice, 0.2) for scene in scenes],
     }

@@ -16,7 +16,7 @@ from tests.demo.fake_report import fake_report
 SCENE = Scene(
     "teal",
     "plain",
-    (Thing("circle", "red", "large", "plain", 0, 0), Thing("square", "red", "small", "striped", 1, 1)),
+    (Thing("circle", "red", "large", "plain", 0, 0), Thing("bar", "red", "small", "striped", 1, 1)),
 )
 DENSE = dense(SCENE)
 
@@ -92,7 +92,7 @@ def test_every_false_fact_is_marked_and_no_text_is_lost(seed):
         (DENSE.replace("teal and plain", "teal and shaded"), ["shaded"]),
         (DENSE.replace("teal and plain", "navy and plain"), ["navy"]),
         # The converse says the same.
-        ("The circle is above and to the left of the square.", []),
+        ("The circle is above and to the left of the bar.", []),
         ("AT the TOP\nLEFT is a\n\nsmall  plain red circle", ["small"]),
         # Where nothing is, everything is wrong.
         ("At the bottom left is a large plain red circle.", ["bottom left", "large plain red circle"]),
@@ -187,11 +187,22 @@ def test_photographs_are_said_to_be_recited_only_if_they_are():
     assert text.count("word for word") == 3 and text.count("not its training caption") == 1
 
 
-def test_page_of_a_run_that_diverged_or_logged_nothing():
+def test_f1_columns_are_the_blind_baseline_and_the_captioning_stages():
+    report = fake_report()
+    assert list(report.f1_columns()) == ["blind", "captioner", "pretrain"]
+    assert report.f1_columns()["blind"] is report.blind.report
+
+
+def test_page_says_what_training_starts_from():
+    text = " ".join(page(fake_report()).split())
+    assert "The captioner starts from random weights" in text and "stand in for CLIP" in text
+
+
+@pytest.mark.parametrize("first", [[{"step": 0, "loss": math.nan}], []])
+def test_page_of_a_run_that_diverged_or_logged_nothing(first):
     report = fake_report(count=2)
     report.curves = {
-        "align": [{"step": 0, "loss": math.nan}],
-        "captioner": [],
+        "captioner": first,
         "pretrain": [{"step": 9, "loss": 2.0}],
         "finetune": [{"step": i, "loss": 0.0} for i in range(30)],
     }

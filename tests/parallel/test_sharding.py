@@ -20,7 +20,7 @@ from tests.tiny import model_config
 # Never to be relaxed: relative for the loss, absolute for weights of order 0.2.
 TOLERANCE = 1e-5
 REPOSITORY = pathlib.Path(__file__).parents[2]
-MESHES = ("fsdp=8", "fsdp=4 tensor=2", "data=2 fsdp=2 tensor=2", "fsdp=4 tensor=2 kv_heads=1")
+MESHES = ("fsdp=8", "fsdp=4 tensor=2", "data=2 fsdp=2 tensor=2")
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +57,17 @@ def test_moments_lie_like_their_parameters(mesh: str, on_devices: Any) -> None:
         assert found["specs"]["text/blocks/mlp/up/kernel"] == [None, "fsdp", "tensor"]
         assert found["specs"]["text/embedding"] == ["tensor", None]
     key = found["specs"]["text/blocks/attention/key/kernel"]
-    assert ("tensor" in key) == (mesh != "fsdp=4 tensor=2 kv_heads=1")
+    # Two heads are split over two devices; the single one of the other meshes is on both.
+    assert ("tensor" in key) == (mesh == "data=2 fsdp=2 tensor=2")
 
 
 @pytest.mark.slow
 def test_xla_rematerialises_nothing(on_devices: Any) -> None:
     """XLA says so when it has to gather an array whole to move it from one sharding to another."""
-    assert "Involuntary full rematerialization" not in on_devices[1]
+    complaint = "Involuntary full rematerialization"
+    ours, control = on_devices[1].split("--- control ---")
+    assert complaint not in ours
+    assert complaint in control, "this version of XLA no longer says so: find out what it says"
 
 
 @pytest.mark.slow

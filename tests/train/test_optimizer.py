@@ -85,9 +85,7 @@ def test_idle_groups_are_named() -> None:
 
 def optimizer_for(params: Any, rules: groups.Groups, **changes: Any) -> optax.GradientTransformation:
     constants = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0}
-    return make_optimizer(
-        params, rules, **{"schedule": optax.constant_schedule(0.1), **constants, **changes}
-    )
+    return make_optimizer(params, rules, **{"schedule": optax.constant_schedule(0.1), **constants, **changes})
 
 
 def test_decay_spares_biases_and_norms_and_follows_the_multiplier() -> None:

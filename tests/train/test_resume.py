@@ -43,6 +43,7 @@ def run_config(case: str, world: TinyWorld) -> ConfigDict:
         **{
             "model.text.num_kv_heads": 1,
             "model.vision.image_size": 24,
+            "model.vision.patch_size": 12,
             "model.vision.tuned_from": 1 if "pretrain" in spec else 2,
             f"data.sources.{source}.directory": os.fspath(getattr(world, dataset)),
             "data.tokenizer": os.fspath(world.tokenizer),
@@ -50,6 +51,9 @@ def run_config(case: str, world: TinyWorld) -> ConfigDict:
             "data.packing_bins": 4,
             "data.num_threads": threads,
             "data.seq_len": 192,
+            "data.image_slots": 2,
+            "data.batch_size": 4,
+            "data.template": "plain" if "pretrain" in spec else "v1",
             "train.num_steps": STEPS,
             "train.log_every": 1,
             "train.loss_chunk": 64,

@@ -12,6 +12,7 @@ from sg4v_jax.world import (
     SHORT_ANSWER,
     WorldFiles,
     attribute_f1,
+    brief,
     dense,
     load_photos,
     questions,
@@ -85,15 +86,48 @@ def test_captions_have_the_released_format(written):
     assert len({record["id"] for record in records}) == len(records)
 
 
-def test_the_captioner_sees_half_of_the_scenes_and_captions_all(written):
+def test_the_captioner_sees_half_of_the_scenes_and_captions_the_others(written):
     images = _load(written.images_to_caption)
-    assert len(images) == len(set(images)) == TRAIN
+    assert len(images) == len(set(images)) == TRAIN - TRAIN // 2
     described = {record["image"] for record in _load(written.cap_dense)}
     photos = {f"photos/{photo.name}" for photo in load_photos()}
-    assert described == photos | set(images[: TRAIN // 2])
-    for image in images:
+    assert photos < described and not described & set(images)
+    scenes = (described - photos) | set(images)
+    assert scenes == {name for name, _ in split_scenes(TRAIN, HELDOUT, seed=1)[0]}
+    for image in scenes:
         with Image.open(written.image_root / image) as picture:
             assert picture.size == (64, 64) and picture.mode == "RGB"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
+def test_dense_share_is_the_part_with_dense_captions(tmp_path, share):
+    arguments = {"train_scenes": 10, "heldout_scenes": 1, "seed": 0, "image_size": 64}
+    files = write_world(tmp_path, dense_share=share, **arguments)
+    described = {record["image"] for record in _load(files.cap_dense)}
+    described -= {f"photos/{photo.name}" for photo in load_photos()}
+    images = _load(files.images_to_caption)
+    assert (len(described), len(images)) == (10 * share, 10 - 10 * share)
+    assert not described & set(images)
+    assert len(_load(files.cap_brief)) == 10
+
+
+def test_every_training_scene_has_a_brief_caption_and_it_is_true(written):
+    train, _ = split_scenes(TRAIN, HELDOUT, seed=1)
+    records = _load(written.cap_brief)
+    assert len({record["id"] for record in records}) == len(records)
+    for record in records:
+        _check_record(record, written.image_root)
+    said = {record["image"]: record["conversations"][1]["value"] for record in records}
+    assert said == {name: brief(scene) for name, scene in train} and len(records) == TRAIN
+
+
+def test_dense_captions_are_true(written):
+    scenes = dict(split_scenes(TRAIN, HELDOUT, seed=1)[0])
+    for record in _load(written.cap_dense):
+        if record["image"] in scenes:
+            assert record["conversations"][1]["value"] == dense(scenes[record["image"]])
+        else:
+            assert record["image"].startswith("photos/")
 
 
 def test_the_mix_has_every_kind_of_record(written):
@@ -156,7 +190,7 @@ def test_writing_again_gives_the_same_bytes_and_leaves_nothing_behind(written, t
     first, second = digests(written.image_root.parent), digests(tmp_path)
     assert first == second
     assert not [name for name in second if name.endswith(".tmp")]
-    assert len(second) == TRAIN + HELDOUT + 4 + 7
+    assert len(second) == TRAIN + HELDOUT + 4 + 8
 
 
 def test_another_seed_is_another_world():

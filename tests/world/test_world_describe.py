@@ -33,8 +33,8 @@ def test_a_brief_caption_of_three_things_is_a_list():
 def test_dense_captions_are_distinct_and_of_the_stated_length():
     assert len({dense(scene) for scene in SCENES}) == len(set(SCENES))
     lengths = [len(dense(scene).split()) for scene in SCENES]
-    assert min(lengths) >= 15 and max(lengths) <= 57
-    assert 30 < sum(lengths) / len(lengths) < 45
+    assert min(lengths) == 16 and max(lengths) == 56
+    assert 33 < sum(lengths) / len(lengths) < 37
 
 
 def test_a_relation_and_its_converse_are_both_right():
