@@ -3,12 +3,17 @@
 import dataclasses
 import os
 import pathlib
+import tempfile
 
 import jaxtyping
 import pytest
 
-# Tests compile far longer than they compute. Before JAX starts; child processes inherit it.
+# Tests compile far longer than they compute: compile quickly, and the same program only once in a
+# session. Before JAX starts; child processes inherit it.
+_compiled = tempfile.TemporaryDirectory(prefix="sg4v-tests-")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 # Every shape annotation of these packages is checked while the tests run. It has to happen before
 # they are imported, so everything of the library is imported inside the fixtures below.

@@ -51,8 +51,8 @@ class Plan:
       steps: optimizer steps of each training stage.
     """
 
-    train_scenes: int = 10000
-    dense_share: float = 0.8
+    train_scenes: int = 9000
+    dense_share: float = 0.87
     heldout_scenes: int = 64
     steps: tuple[tuple[str, int], ...] = (("captioner", 1500), ("pretrain", 200), ("finetune", 600))
 

@@ -27,12 +27,12 @@ _BACKGROUNDS: dict[str, RGB] = {
     "navy": (40, 50, 92),
 }
 _DIAMETER = {"small": 0.6, "large": 0.96}  # of a cell, outline included
-_JITTER = 0.12  # of a cell, at most; less where the thing leaves less room
+_JITTER = 0.06  # of a cell, at most; less where the thing leaves less room
 _OUTLINE = 0.07  # of the thing
 _PERIOD = {"small": 0.2, "large": 0.26}  # of a cell; at 64 px a small thing's is 6 pixels
 _SUPERSAMPLE = 4
 _DARKEN = 0.2
-_TINT = 0.45
+_TINT = 0.25
 
 
 def render(scene: Scene, size: int = 224) -> Image.Image:
@@ -159,25 +159,18 @@ def _mask(shape: str, side: int, margin: float) -> Image.Image:
     def polygon(*points: tuple[float, float]) -> None:
         draw.polygon([(middle + radius * x, middle + radius * y) for x, y in points], fill=255)
 
-    if shape == "circle":
-        circle(1.0, 255)
-    elif shape == "ring":
+    if shape == "ring":
         circle(1.0, 255)
         circle(0.56, 0)
+    elif shape == "square":
+        polygon((-0.92, -0.92), (0.92, -0.92), (0.92, 0.92), (-0.92, 0.92))
     elif shape == "bar":
-        polygon((-1, -0.42), (1, -0.42), (1, 0.42), (-1, 0.42))
+        polygon((-1, -0.36), (1, -0.36), (1, 0.36), (-1, 0.36))
+    elif shape == "pole":
+        polygon((-0.36, -1), (0.36, -1), (0.36, 1), (-0.36, 1))
     elif shape == "triangle":
         polygon((0, -0.92), (1, 0.84), (-1, 0.84))
-    elif shape == "cross":
+    else:  # cross
         polygon((-0.34, -1), (0.34, -1), (0.34, 1), (-0.34, 1))
         polygon((-1, -0.34), (1, -0.34), (1, 0.34), (-1, 0.34))
-    else:  # star
-        turns = [math.pi * (corner / 5 - 0.5) for corner in range(10)]
-        reaches = [1.08 if corner % 2 == 0 else 0.5 for corner in range(10)]
-        polygon(
-            *(
-                (reach * math.cos(turn), reach * math.sin(turn) + 0.08)
-                for turn, reach in zip(turns, reaches, strict=True)
-            )
-        )
     return mask

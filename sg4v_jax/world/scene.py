@@ -12,7 +12,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-SHAPES = ("circle", "bar", "triangle", "star", "cross", "ring")
+SHAPES = ("square", "bar", "triangle", "pole", "cross", "ring")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")

@@ -16,7 +16,7 @@ from tests.demo.fake_report import fake_report
 SCENE = Scene(
     "teal",
     "plain",
-    (Thing("circle", "red", "large", "plain", 0, 0), Thing("bar", "red", "small", "striped", 1, 1)),
+    (Thing("square", "red", "large", "plain", 0, 0), Thing("bar", "red", "small", "striped", 1, 1)),
 )
 DENSE = dense(SCENE)
 
@@ -86,19 +86,19 @@ def test_every_false_fact_is_marked_and_no_text_is_lost(seed):
     ("caption", "expected"),
     [
         (DENSE, []),
-        (DENSE.replace("plain red circle", "plain blue circle"), ["blue"]),
-        (DENSE.replace("large plain red circle", "small striped red circle"), ["small striped"]),
+        (DENSE.replace("plain red square", "plain blue square"), ["blue"]),
+        (DENSE.replace("large plain red square", "small striped red square"), ["small striped"]),
         (DENSE.replace("below and to the right of", "to the left of"), ["to the left of"]),
         (DENSE.replace("teal and plain", "teal and shaded"), ["shaded"]),
         (DENSE.replace("teal and plain", "navy and plain"), ["navy"]),
         # The converse says the same.
-        ("The circle is above and to the left of the bar.", []),
-        ("AT the TOP\nLEFT is a\n\nsmall  plain red circle", ["small"]),
+        ("The square is above and to the left of the bar.", []),
+        ("AT the TOP\nLEFT is a\n\nsmall  plain red square", ["small"]),
         # Where nothing is, everything is wrong.
-        ("At the bottom left is a large plain red circle.", ["bottom left", "large plain red circle"]),
-        ("A red circle on a gray background.", ["gray"]),
+        ("At the bottom left is a large plain red square.", ["bottom left", "large plain red square"]),
+        ("A red square on a gray background.", ["gray"]),
         ("", []),
-        ("No grammar at all: <b>circles</b>!", []),
+        ("No grammar at all: <b>squares</b>!", []),
     ],
 )
 def test_marks_exactly_the_wrong_words(caption, expected):
@@ -107,18 +107,18 @@ def test_marks_exactly_the_wrong_words(caption, expected):
 
 
 def test_neighbouring_words_are_one_piece():
-    assert mark("At the top left is a large red circle.", SCENE) == [
+    assert mark("At the top left is a large red square.", SCENE) == [
         Piece("At the ", None),
         Piece("top left", True),
         Piece(" is a ", None),
-        Piece("large red circle", True),
+        Piece("large red square", True),
         Piece(".", None),
     ]
 
 
 def test_brackets_for_the_terminal():
-    caption = "At the top left is a small red circle."
-    assert bracketed(caption, SCENE) == "At the top left is a [small] red circle."
+    caption = "At the top left is a small red square."
+    assert bracketed(caption, SCENE) == "At the top left is a [small] red square."
 
 
 # --- The page ------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_page_has_the_numbers():
 def test_page_marks_wrong_words_and_no_right_ones():
     report = fake_report()
     report.scenes[0] = SCENE
-    report.captions["captioner"][0] = DENSE.replace("large plain red circle", "large plain blue circle")
+    report.captions["captioner"][0] = DENSE.replace("large plain red square", "large plain blue square")
     card = page(report).split("<article")[1]
     assert "<span class=right>large plain</span> <span class=wrong>blue</span>" in card
     assert card.count("class=wrong") == 1
@@ -162,7 +162,7 @@ def test_page_marks_wrong_words_and_no_right_ones():
 def test_model_text_is_escaped():
     report = fake_report()
     attack = '<script>alert("1")</script>'
-    report.captions["captioner"][0] = f"A red {attack} circle."
+    report.captions["captioner"][0] = f"A red {attack} square."
     report.questions[0] |= {"answer": attack, "truth": attack + "!", "question": attack}
     report.photos[0] = (report.photos[0][0], attack)
     text = page(report)
@@ -253,5 +253,5 @@ def test_terminal_summary_has_the_numbers():
 
 def test_terminal_gets_no_control_characters_from_the_model():
     report = fake_report()
-    report.captions["captioner"][0] = "A \x1b[31mred circle.\x07"
+    report.captions["captioner"][0] = "A \x1b[31mred square.\x07"
     assert all(character.isprintable() for line in summary(report).splitlines() for character in line)

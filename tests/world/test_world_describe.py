@@ -13,15 +13,15 @@ SCENES = [sample_scene(seed) for seed in range(2000)]
 EXAMPLE = Scene(
     "navy",
     "checkered",
-    (Thing("ring", "red", "large", "striped", 1, 0), Thing("star", "blue", "small", "plain", 0, 1)),
+    (Thing("ring", "red", "large", "striped", 1, 0), Thing("pole", "blue", "small", "plain", 0, 1)),
 )
 
 
 def test_captions_read_as_documented():
-    assert brief(EXAMPLE) == "A large red ring and a small blue star on a navy background."
+    assert brief(EXAMPLE) == "A large red ring and a small blue pole on a navy background."
     assert dense(EXAMPLE) == (
-        "At the top right is a large striped red ring. At the bottom left is a small plain blue star. "
-        "The star is below and to the left of the ring. The background is navy and checkered."
+        "At the top right is a large striped red ring. At the bottom left is a small plain blue pole. "
+        "The pole is below and to the left of the ring. The background is navy and checkered."
     )
 
 

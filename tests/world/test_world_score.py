@@ -25,7 +25,7 @@ SCENES = [sample_scene(seed) for seed in range(2000)]
 EXAMPLE = Scene(
     "navy",
     "checkered",
-    (Thing("ring", "red", "large", "striped", 1, 0), Thing("star", "blue", "small", "plain", 0, 1)),
+    (Thing("ring", "red", "large", "striped", 1, 0), Thing("pole", "blue", "small", "plain", 0, 1)),
 )
 VOCABULARY = sorted({word for scene in SCENES[:300] for word in dense(scene).split()})
 
@@ -40,11 +40,11 @@ def test_the_facts_of_a_scene():
         Fact("top right", "size", "large"),
         Fact("top right", "texture", "striped"),
         Fact("bottom left", "position", "bottom left"),
-        Fact("bottom left", "shape", "star"),
+        Fact("bottom left", "shape", "pole"),
         Fact("bottom left", "color", "blue"),
         Fact("bottom left", "size", "small"),
         Fact("bottom left", "texture", "plain"),
-        Fact("star", "relation", "below and to the left of the ring"),
+        Fact("pole", "relation", "below and to the left of the ring"),
     }
 
 
@@ -66,8 +66,8 @@ def test_case_spacing_and_the_order_of_adjectives_do_not_matter():
 
 
 def test_a_relation_may_be_told_from_either_side():
-    assert parse("The ring is above and to the right of the star.") == parse(
-        "The star is below and to the left of the ring."
+    assert parse("The ring is above and to the right of the pole.") == parse(
+        "The pole is below and to the left of the ring."
     )
 
 
@@ -81,7 +81,7 @@ def test_what_is_broken_off_is_not_made_up():
     }
     assert parse("At the top left is a large striped red") == frozenset()
     assert parse("The background is") == parse("") == frozenset()
-    assert parse("rings, starlight and predefined redness") == frozenset()
+    assert parse("rings, polestar and predefined redness") == frozenset()
 
 
 def test_what_has_no_place_states_nothing_of_the_things():
