@@ -22,7 +22,7 @@ VISION = {
         "num_layers": 4,
         "num_heads": 4,
         "image_size": 48,
-        "patch_size": 8,
+        "patch_size": 12,
     },
 }
 VISION["13b"] = VISION["7b"]
@@ -132,7 +132,7 @@ def add_source(config: ConfigDict, name: str, weight: float = 0.0) -> None:
 def _shrink(config: ConfigDict) -> None:
     """What a model of a million parameters, trained from scratch on a CPU, wants instead."""
     # Four captioned images a row.
-    config.data.seq_len = 328
+    config.data.seq_len = 256
     config.data.image_slots = 4
     config.data.batch_size = 4
     config.data.packing_bins = 16

@@ -78,6 +78,7 @@ def token_losses(batch: Batch) -> np.ndarray:
 # --- Accumulation and reduction ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(record_property: Any) -> None:
     batch = random_batch(CONFIG, 4)
     per_row = batch.loss_weights.sum(1)
@@ -241,6 +242,7 @@ def test_frozen_parameters_have_no_gradient_no_state_and_no_activations() -> Non
         assert unchanged == (path in held), path
 
 
+@pytest.mark.slow
 def test_remat_policies_give_equal_gradients() -> None:
     batch = random_batch(CONFIG, 4)
     expected, metrics = gradients_of(batch)
@@ -252,6 +254,7 @@ def test_remat_policies_give_equal_gradients() -> None:
         gradients_of(batch, remat="some")
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_masters() -> None:
     batch = random_batch(CONFIG, 4)
     trainable, frozen = groups.split(PARAMS, GROUPS)
