@@ -7,10 +7,12 @@ import jax
 
 from sg4v_jax.convert import huggingface, orbax, share4v
 from sg4v_jax.convert.bundle import ModelBundle
-from sg4v_jax.convert.files import read_json
+from sg4v_jax.convert.files import read_json, write_json
 from sg4v_jax.models.sharegpt4v import resplit_vision
 
 FORMATS = ("hf", "share4v")
+# Neither format says how a model was trained to be prompted; a small file of our own beside it does.
+USAGE = "sg4v.json"
 
 
 def load_model(directory: str | os.PathLike[str]) -> ModelBundle:
@@ -33,7 +35,8 @@ def load_model(directory: str | os.PathLike[str]) -> ModelBundle:
     else:
         config, params = share4v.load_share4v(directory)
     tokenizer = directory / "tokenizer.model"
-    return ModelBundle(config, params, tokenizer if tokenizer.exists() else None)
+    usage = read_json(directory / USAGE) if (directory / USAGE).is_file() else {}
+    return ModelBundle(config, params, tokenizer if tokenizer.exists() else None, **usage)
 
 
 def save_model(
@@ -76,3 +79,5 @@ def save_model(
         )
     else:
         raise ValueError(f"format {layout!r} is not one of {FORMATS}")
+    usage = {"template": bundle.template, "aspect": bundle.aspect, "prompt": bundle.prompt}
+    write_json(pathlib.Path(directory) / USAGE, usage)
