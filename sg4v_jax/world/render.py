@@ -26,8 +26,8 @@ _BACKGROUNDS: dict[str, RGB] = {
     "teal": (66, 124, 126),
     "navy": (40, 50, 92),
 }
-_DIAMETER = {"small": 0.6, "large": 0.96}  # of a cell, outline included
-_JITTER = 0.06  # of a cell, at most; less where the thing leaves less room
+_DIAMETER = {"small": 0.72, "large": 0.98}  # of a cell, outline included
+_JITTER = 0.03  # of a cell, at most; less where the thing leaves less room
 _OUTLINE = 0.07  # of the thing
 _PERIOD = {"small": 0.2, "large": 0.26}  # of a cell; at 64 px a small thing's is 6 pixels
 _SUPERSAMPLE = 4
