@@ -116,7 +116,7 @@ def test_killed_run_resumes_to_the_bit(case: str, tiny_world: TinyWorld, tmp_pat
     assert [line["step"] for line in logged(killed)] == list(range(KILLED_IN))
     # A last line that was cut off, and one of a step that will be repeated, must do no harm.
     with (killed / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 0}\n{"step": 4, "lo')
+        file.write(f'{{"step": {KILLED_IN}, "loss": 0}}\n{{"step": {KILLED_IN + 1}, "lo')
     found = train(run_config(case, tiny_world), killed)
 
     assert found["loss"] == expected["loss"]
