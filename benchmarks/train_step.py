@@ -158,7 +158,7 @@ def make_rows(samples: Sequence[Sample], positions: int, *, packing: bool) -> Ro
     rows = list(packed)
     count = max(1, positions // length)
     # The packer's last rows are what was left as the samples ran out; a long run hardly sees any.
-    typical = rows[:-BINS] if packing else rows
+    typical = (rows[:-BINS] if packing else rows) or rows
     useful = statistics.mean(float((row["tokens_segment_ids"] > 0).sum()) for row in typical)
     batch = from_packed({name: np.stack([row[name] for row in rows[:count]]) for name in rows[0]})
     return Rows(batch, useful * count)
