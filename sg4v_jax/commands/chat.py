@@ -1,0 +1,28 @@
+"""`sg4v chat`."""
+
+import argparse
+from typing import Any
+
+from sg4v_jax.commands.common import add_command, add_sampling, load_generator
+
+
+def add(commands: Any) -> None:
+    """Adds `chat` to the commands."""
+    parser = add_command(
+        commands,
+        "chat",
+        run,
+        "Talks about an image; without a question, asks for them line by line.",
+        '  sg4v chat --model runs/sft --image cat.jpg "What is the cat doing?"',
+    )
+    add_sampling(parser, 512)
+    parser.add_argument("question", nargs="?", help="one question; none: a conversation")
+    parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
+
+
+def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
+    """Runs `chat`."""
+    from sg4v_jax.infer.chat import chat
+
+    generator, options = load_generator(arguments)
+    chat(generator, arguments.image, arguments.question, options)
