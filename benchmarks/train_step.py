@@ -29,7 +29,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from sg4v_jax import config as config_lib
 from sg4v_jax.convert.huggingface import write_config
-from sg4v_jax.convert.tensors import to_params
+from sg4v_jax.convert.params import to_params
 from sg4v_jax.data.batch import Batch, from_packed, to_devices
 from sg4v_jax.data.conversation import training_texts
 from sg4v_jax.data.packing import pack

@@ -19,6 +19,7 @@ the loop:
   sg4v chat                   talk about an image
   sg4v eval                   answer a benchmark's questions, and score them
   sg4v convert                to and from Hugging Face LLaVA and the original layout
+  sg4v info                   what a model directory holds
 
 `sg4v COMMAND --help` explains each, with an example.
 """

@@ -27,6 +27,7 @@ COMMANDS = [
     ["chat"],
     ["eval"],
     ["convert"],
+    ["info"],
 ]
 VOCAB = 400
 PROMPT = "Describe the image."

@@ -78,4 +78,11 @@ def test_the_command_starts_quickly() -> None:
     """`--help` needs no JAX: the commands import the rooms they call when they are called."""
     for path in (PACKAGE / "__main__.py", *(PACKAGE / "commands").glob("*.py")):
         at_once = {name for name, _, now in imports(path) if now and "sg4v_jax.commands" not in name}
-        assert {name.split(".")[0] for name in at_once} <= {"argparse", "os", "sys", "collections", "typing"}
+        assert {name.split(".")[0] for name in at_once} <= {
+            "argparse",
+            "os",
+            "sys",
+            "time",
+            "collections",
+            "typing",
+        }

@@ -4,9 +4,10 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
-from sg4v_jax.convert.files import write_json
+from sg4v_jax.convert.files import read_json, write_json
 from sg4v_jax.convert.tokenizer_json import tokenizer_json
 from sg4v_jax.data.conversation import Template, get_template
 from sg4v_jax.data.image import ASPECTS
@@ -16,6 +17,15 @@ from sg4v_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig, VisionConfi
 
 # What share4v trains and serves with (spec 3.6).
 _SHARE4V_MAX_LENGTH = 2048
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_FORMAT_S_OWN = {
+    "_from_model_config",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "transformers_version",
+}
 
 
 def write_tokenizer(
@@ -101,8 +111,16 @@ def write_preprocessor(directory: pathlib.Path, config: VisionConfig, aspect: st
     write_json(directory / "preprocessor_config.json", content)
 
 
-def write_processor(directory: pathlib.Path, config: VisionConfig, template: str) -> None:
+def write_processor(
+    directory: pathlib.Path, config: VisionConfig, template: str, chat_text: str = ""
+) -> None:
     """Writes processor_config.json and the template of the prompt, chat_template.jinja.
+
+    Args:
+      directory: where to.
+      config: the vision tower.
+      template: name of the template (see `data.conversation`).
+      chat_text: Jinja that is written instead of that which says the same as `template`.
 
     Raises:
       ValueError: there is no such template.
@@ -115,21 +133,52 @@ def write_processor(directory: pathlib.Path, config: VisionConfig, template: str
         "vision_feature_select_strategy": select_strategy(config),
     }
     write_json(directory / "processor_config.json", content)
-    (directory / "chat_template.jinja").write_text(chat_template(get_template(template)), encoding="utf-8")
+    text = chat_text or chat_template(get_template(template))
+    (directory / _CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
 
 
-def write_generation(directory: pathlib.Path, *, pad_id: int, never: range = range(0)) -> None:
+def write_generation(
+    directory: pathlib.Path, fields: Mapping[str, Any], *, pad_id: int, never: range = range(0)
+) -> None:
     """Writes generation_config.json.
 
     Args:
       directory: where to.
+      fields: what it says beside ids, as `read_generation` gives it.
       pad_id: what finished rows are filled with.
       never: ids that are not to be sampled.
     """
-    content: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad_id}
+    content: dict[str, Any] = {**fields, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad_id}
     if never:
         content["suppress_tokens"] = list(never)
     write_json(directory / "generation_config.json", content)
+
+
+def find_tokenizer(directory: pathlib.Path) -> pathlib.Path | None:
+    """A directory's SentencePiece model, None if it has none."""
+    path = directory / "tokenizer.model"
+    return path if path.is_file() else None
+
+
+def read_generation(directory: pathlib.Path) -> dict[str, Any]:
+    """What generation_config.json says beside the ids, which belong to the format."""
+    path = directory / "generation_config.json"
+    fields = read_json(path) if path.is_file() else {}
+    return {key: value for key, value in fields.items() if key not in _FORMAT_S_OWN}
+
+
+def read_aspect(directory: pathlib.Path) -> str:
+    """How an HF directory's image processor makes images square."""
+    path = directory / "preprocessor_config.json"
+    return "pad" if not path.is_file() or read_json(path).get("do_pad") else "square"
+
+
+def read_chat_template(directory: pathlib.Path) -> str:
+    """An HF directory's chat template, in either of the files it may be in; empty if in none."""
+    if (directory / _CHAT_TEMPLATE_FILE).is_file():
+        return (directory / _CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+    older = directory / "chat_template.json"
+    return str(read_json(older).get("chat_template", "")) if older.is_file() else ""
 
 
 def select_strategy(config: VisionConfig) -> str:

@@ -76,24 +76,19 @@ def write_text(config: TextConfig) -> dict[str, Any]:
     return {**fields, **_LLAMA_FIXED, "model_type": "llama", "rope_theta": config.rope_theta}
 
 
-def read_vision(
-    fields: Mapping[str, Any], *, select_layer: int, select_feature: str, tuned_from: int
-) -> VisionConfig:
+def read_vision(fields: Mapping[str, Any]) -> VisionConfig:
     """The tower that a CLIP vision config describes.
 
     Args:
       fields: the config's keys; missing ones take CLIPVisionConfig's defaults. The config of a
         whole CLIP, with its `vision_config`, will do.
-      select_layer, select_feature, tuned_from: see `models.config.VisionConfig`.
 
     Raises:
       ConversionError: with everything that the model here can't be.
     """
     if fields.get("model_type") == "clip":
         fields = fields.get("vision_config") or {}
-    values = _read(fields, _CLIP)
-    values |= {"select_layer": select_layer, "select_feature": select_feature, "tuned_from": tuned_from}
-    return _construct(VisionConfig, values, unsupported(fields, _CLIP_FIXED))
+    return _construct(VisionConfig, _read(fields, _CLIP), unsupported(fields, _CLIP_FIXED))
 
 
 def write_vision(config: VisionConfig) -> dict[str, Any]:

@@ -1,19 +1,21 @@
-"""Checkpoint directories: reading and writing config.json, weight files and their index."""
+"""Checkpoint directories: JSON, weight files and their index, and directories that appear whole."""
 
 import contextlib
+import fcntl
+import itertools
 import json
 import os
 import pathlib
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from sg4v_jax.convert.tensors import DTYPES, ConversionError
+from sg4v_jax.convert.safetensors_file import open_safetensors, write_safetensors
+from sg4v_jax.convert.tensors import ConversionError, Tensor, count_not_finite, is_finite
+from sg4v_jax.convert.torch_file import open_torch
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -24,29 +26,6 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
-class Tensors(Mapping[str, np.ndarray]):
-    """Tensors of one or more files by name, each read when it is asked for."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]]):
-        self._readers = readers
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._readers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-    def select(self, keep: Callable[[str], bool]) -> "Tensors":
-        """Those whose name satisfies `keep`."""
-        return Tensors({name: read for name, read in self._readers.items() if keep(name)})
-
-    def __or__(self, other: "Tensors") -> "Tensors":
-        return Tensors({**self._readers, **other._readers})
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -66,7 +45,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def open_tensors(directory: pathlib.Path) -> Tensors:
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file the way transformers does."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def has_weights(directory: pathlib.Path) -> bool:
+    """Whether there is any file that `open_tensors` would read."""
+    return any((directory / name).exists() for name in _WEIGHT_FILES)
+
+
+def open_tensors(directory: pathlib.Path) -> dict[str, Tensor]:
     """The weights in a checkpoint directory: safetensors or PyTorch files, in one piece or sharded.
 
     Raises:
@@ -78,22 +67,27 @@ def open_tensors(directory: pathlib.Path) -> Tensors:
     return _open_sharded(found[0]) if found[0].suffix == ".json" else open_file(found[0])
 
 
-def open_file(path: pathlib.Path) -> Tensors:
+def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of one weight file.
 
     Raises:
       ConversionError: it can't be read.
     """
-    return _open_torch(path) if path.suffix == ".bin" else _open_safetensors(path)
+    if not path.is_file():
+        raise ConversionError([f"{path} does not exist"])
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
 
 
-def _open_sharded(index: pathlib.Path) -> Tensors:
+def _open_sharded(index: pathlib.Path) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ConversionError([f"{index} has no weight_map"])
-    tensors = Tensors({})
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ConversionError([f"{index} has no weight_map of file names"])
+    tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     for shard in sorted(set(weight_map.values())):
+        if os.path.basename(shard) != shard:
+            problems.append(f"{index}: {shard!r} is no name of a file beside it")
+            continue
         try:
             held = open_file(index.parent / shard)
         except ConversionError as error:
@@ -110,57 +104,100 @@ def _open_sharded(index: pathlib.Path) -> Tensors:
     return tensors
 
 
-def _open_safetensors(path: pathlib.Path) -> Tensors:
-    try:
-        file = safe_open(path, framework="np")
-    except FileNotFoundError:
-        raise ConversionError([f"{path} does not exist"]) from None
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        raise ConversionError(
-            [f"{path} ({size} bytes) is cut short or is no safetensors file; fetch it again ({error})"]
-        ) from error
-
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        return lambda: file.get_tensor(name)
-
-    return Tensors({name: reader(name) for name in file.keys()})  # noqa: SIM118 - a file, not a dict
+def read_ahead(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+    """The tensors' arrays in order, the next one read while the last is used."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = None
+        for tensor in itertools.chain(tensors, [None]):
+            following = None if tensor is None else reader.submit(tensor.read)
+            if pending is not None:
+                yield pending.result()
+            pending = following
 
 
-def _open_torch(path: pathlib.Path) -> Tensors:
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError(
-            [
-                f"{path} is a PyTorch file: install PyTorch to read it (pip install torch), "
-                "or convert the checkpoint to safetensors"
-            ]
-        ) from error
-    try:
-        # `weights_only` keeps a pickle from running code; `mmap` keeps it out of memory.
-        tensors = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except FileNotFoundError:
-        raise ConversionError([f"{path} does not exist"]) from None
-    # A damaged file raises whatever its unpickling stumbles over.
-    except Exception as error:
-        raise ConversionError([f"{path} can't be read as PyTorch weights: {error}"]) from error
+class Stream:
+    """Tensors read one after the other: counted, and looked through for NaN.
 
-    def reader(tensor: "torch.Tensor") -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            # NumPy has no bfloat16 of its own, so that torch can't hand it over as such.
-            if tensor.dtype == torch.bfloat16:
-                return tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["bfloat16"])
-            return tensor.numpy()
+    Args:
+      progress: called with the size of each in bytes.
+      allow_not_finite: whether NaN and infinity pass.
+    """
 
-        return read
+    def __init__(self, progress: Callable[[int], object] | None = None, *, allow_not_finite: bool = False):
+        self._progress = progress or (lambda nbytes: None)
+        self._allow_not_finite = allow_not_finite
+        self._problems: list[str] = []
 
-    return Tensors({name: reader(tensor) for name, tensor in tensors.items()})
+    def arrays(self, tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+        """The tensors' arrays in order."""
+        for tensor, array in zip(tensors, read_ahead(tensors), strict=True):
+            if not (self._allow_not_finite or is_finite(array)):
+                count = count_not_finite(array)
+                self._problems.append(f"{tensor.name} in {tensor.where}: {count} values are NaN or infinite")
+            yield array
+            self._progress(array.nbytes)
+
+    def finish(self) -> None:
+        """Call when all is read.
+
+        Raises:
+          ConversionError: naming every tensor that has NaN or infinite values.
+        """
+        if self._problems:
+            raise ConversionError([*self._problems, "--allow-nan converts it nevertheless"])
+
+
+def write_tensors(
+    directory: pathlib.Path,
+    tensors: Sequence[Tensor],
+    stream: Stream,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes safetensors: one file, or shards and their index when it would be larger than a shard.
+
+    Args:
+      directory: where to.
+      tensors: what to write; two of them are in memory at a time.
+      stream: what reads them.
+      max_shard_bytes: size of a shard; a tensor larger than that has a shard of its own.
+
+    Raises:
+      ConversionError: a value is too large for its dtype, or a file can't be read.
+    """
+    shards = _shards(tensors, max_shard_bytes)
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        specs = [(tensor.name, tensor.shape, tensor.dtype) for tensor in shard]
+        write_safetensors(directory / file, specs, stream.arrays(shard))
+    if len(shards) > 1:
+        weight_map = {
+            tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard
+        }
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def _shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
 
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike[str], *, overwrite: bool) -> Iterator[pathlib.Path]:
     """A directory that appears, complete, when the block ends; after an error there is nothing.
+
+    What a killed process left behind is removed by the next that writes there.
 
     Args:
       directory: where it appears; its parents are made.
@@ -170,101 +207,50 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool) -> Iter
       The directory to write into, beside the one to appear.
 
     Raises:
-      FileExistsError: `directory` isn't empty and may not be overwritten, or is a file.
+      FileExistsError: `directory` isn't empty and may not be overwritten, is a file, or is being
+        written by another process.
     """
     target = pathlib.Path(directory).absolute()
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file")
     if target.exists() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"{target} is not empty; give overwrite=True to replace it")
+        raise FileExistsError(f"{target} is not empty; --overwrite (overwrite=True) replaces it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    unique = uuid.uuid4().hex[:8]
-    partial = target.with_name(f".{target.name}.{unique}.partial")
-    partial.mkdir()
+    partial = target.with_name(f".{target.name}.partial")
+    old = target.with_name(f".{target.name}.old")
+    with _claimed(partial):
+        try:
+            yield partial
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                # A directory can't be swapped for another in one step: for a moment there is none.
+                target.rename(old)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _claimed(partial: pathlib.Path) -> Iterator[None]:
+    """Makes a directory, empties it and locks it against other processes."""
+    taken = FileExistsError(f"{partial} is being written by another process")
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _settle(path)
-        if target.exists():
-            # A directory can't be swapped for another in one step: for a moment there is none.
-            old = target.with_name(f".{target.name}.{unique}.old")
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.rename(target)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        # Between opening and locking, another may have finished it and given it its final name.
+        if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+            raise taken
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _settle(path: pathlib.Path) -> None:
-    """Gives a new file ordinary permissions (safetensors makes them private) and syncs it to disk."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file the way transformers does."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_tensors(
-    directory: pathlib.Path,
-    tensors: Iterable[tuple[str, np.ndarray]],
-    *,
-    dtype: str,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Writes safetensors: one file, or shards and their index when it would be larger than a shard.
-
-    Args:
-      directory: where to.
-      tensors: by name; no more than a shard of them is in memory.
-      dtype: a key of `DTYPES`.
-      max_shard_bytes: size of a shard; a tensor larger than that has a shard of its own.
-
-    Raises:
-      ConversionError: a value is too large for the dtype.
-      ValueError: there is no such dtype.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(pending, directory / f"{len(shards)}.partial", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, array in tensors:
-        array = _cast(name, array, dtype)
-        if pending and sum(held.nbytes for held in pending.values()) + array.nbytes > max_shard_bytes:
-            flush()
-        pending[name] = array
-        total += array.nbytes
-    flush()
-    if len(shards) == 1:
-        (directory / "0.partial").rename(directory / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"{number}.partial").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(directory / "model.safetensors.index.json", index)
-
-
-def _cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(array, DTYPES[dtype])
-    # Other than bfloat16, float16 has a far smaller range than float32.
-    if dtype == "float16" and not np.array_equal(np.isfinite(cast), np.isfinite(array)):
-        raise ConversionError([f"{name} has values too large for float16; use bfloat16"])
-    return cast
+        os.close(descriptor)

@@ -1,23 +1,16 @@
 """Hugging Face's LLaVA format: the checkpoints `transformers` reads and writes (spec 5.2)."""
 
-import os
+import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from sg4v_jax.convert import companions, configs
-from sg4v_jax.convert.files import (
-    MAX_SHARD_BYTES,
-    new_directory,
-    open_tensors,
-    read_json,
-    write_json,
-    write_tensors,
-)
-from sg4v_jax.convert.names import table
-from sg4v_jax.convert.tensors import ConversionError, from_params, padded_vocab_size, to_params
+from sg4v_jax.convert.checkpoint import Checkpoint, Usage, canonical
+from sg4v_jax.convert.files import MAX_SHARD_BYTES, Stream, open_tensors, read_json, write_json, write_tensors
+from sg4v_jax.convert.names import entries
+from sg4v_jax.convert.params import padded_vocab_size, without_added_rows
+from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.projector import projector_depth
 
@@ -34,32 +27,36 @@ _FIXED = {"model_type": "llava", "projector_hidden_act": "gelu", "multimodal_pro
 _FEATURES = {"default": "patch", "full": "cls_patch"}
 
 
-def load_llava(
-    directory: str | os.PathLike[str], *, tuned_from: int = 0
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Loads a LLaVA-1.5 checkpoint in Hugging Face's format.
+def open_llava(directory: pathlib.Path) -> Checkpoint:
+    """Opens a LLaVA-1.5 checkpoint in Hugging Face's format.
 
-    Reads safetensors or PyTorch files, sharded or not, with the tensor names of any version of
+    Takes safetensors or PyTorch files, sharded or not, with the tensor names of any version of
     transformers. The vocabulary loses the rows that the format adds to it (`<image>`, `<pad>` and
     padding), which mean nothing.
 
-    Args:
-      directory: a local directory.
-      tuned_from: where to split the vision tower (see `models.config.VisionConfig`).
-
-    Returns:
-      (config, params): NumPy arrays in the dtype of the file, for `models.sharegpt4v`.
-
     Raises:
-      ConversionError: files are missing or damaged, the config asks for what the model here can't
-        do, or tensors don't fit it. Lists everything that is wrong.
+      ConversionError: files are missing or damaged, or the config asks for what the model here
+        can't do. Lists everything that is wrong.
     """
-    directory = pathlib.Path(directory)
-    config = read_config(read_json(directory / "config.json"), tuned_from=tuned_from)
-    return config, to_params(config, open_tensors(directory))
+    config = read_config(read_json(directory / "config.json"))
+    return Checkpoint(
+        path=directory,
+        layout="hf",
+        tensors=without_added_rows(canonical(open_tensors(directory)), config.text.vocab_size),
+        vision=config.vision,
+        text=config.text,
+        projector=config.projector,
+        features=(config.vision.select_layer, config.vision.select_feature),
+        tokenizer_file=companions.find_tokenizer(directory),
+        usage=Usage(
+            aspect=companions.read_aspect(directory),
+            chat_template=companions.read_chat_template(directory),
+            generation=companions.read_generation(directory),
+        ),
+    )
 
 
-def read_config(fields: Mapping[str, Any], *, tuned_from: int = 0) -> ModelConfig:
+def read_config(fields: Mapping[str, Any]) -> ModelConfig:
     """The model that a LLaVA config.json describes.
 
     Raises:
@@ -82,28 +79,18 @@ def read_config(fields: Mapping[str, Any], *, tuned_from: int = 0) -> ModelConfi
     image, rows = fields.get("image_token_index", 32000), text_fields.get("vocab_size", 32000)
     if image <= rows <= padded_vocab_size(image):
         text_fields["vocab_size"] = image
-    return ModelConfig(
-        vision=configs.read_vision(
-            fields.get("vision_config") or _VISION,
-            select_layer=select_layer,
-            select_feature=_FEATURES[strategy],
-            tuned_from=tuned_from,
-        ),
-        text=configs.read_text(text_fields),
-    )
+    vision = configs.read_vision(fields.get("vision_config") or _VISION)
+    vision = dataclasses.replace(vision, select_layer=select_layer, select_feature=_FEATURES[strategy])
+    return ModelConfig(vision, configs.read_text(text_fields))
 
 
-def save_llava(
-    directory: str | os.PathLike[str],
-    config: ModelConfig,
-    params: Mapping[str, Any],
+def write_llava(
+    directory: pathlib.Path,
+    checkpoint: Checkpoint,
+    stream: Stream,
     *,
-    tokenizer_file: str | os.PathLike[str] | None,
-    dtype: str = "bfloat16",
-    template: str = "v1",
-    aspect: str = "pad",
+    dtype: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint that `LlavaForConditionalGeneration` and `AutoProcessor` load.
 
@@ -113,36 +100,33 @@ def save_llava(
     with features, the others never occur, and generation_config.json keeps all from being sampled.
 
     Args:
-      directory: appears when it is complete, or not at all.
-      config: the model.
-      params: its parameters, NumPy or JAX arrays.
-      tokenizer_file: LLaMA's tokenizer.model; without one (None) only the model can be loaded.
-      dtype: `bfloat16`, `float16` or `float32`.
-      template: name of the prompt template, for the processor (see `data.conversation`).
-      aspect: how the processor makes images square, `pad` (fine-tuning, inference) or `square`.
+      directory: an empty one.
+      checkpoint: a whole model.
+      stream: what reads its tensors.
+      dtype: what config.json says that the weights are.
       max_shard_bytes: the largest file.
-      overwrite: whether to replace a directory that isn't empty.
 
     Raises:
-      ConversionError: the parameters don't fit the config, or the format has no such model.
-      FileExistsError: the directory isn't empty, and `overwrite` wasn't given.
-      ValueError: unknown dtype, template or aspect, or a tokenizer of another vocabulary.
+      ConversionError: the format has no such model, or a tensor can't be read.
+      ValueError: unknown template or aspect, or a tokenizer of another vocabulary.
     """
+    config, usage = checkpoint.config, checkpoint.usage
     if projector_depth(config.projector) != 2:
         raise ConversionError(
-            [f"Hugging Face's LLaVA has a projector mlp2x_gelu, not {config.projector}; use save_share4v"]
+            [f"Hugging Face's LLaVA has a projector mlp2x_gelu, not {config.projector}; use share4v"]
         )
     size, rows = config.text.vocab_size, padded_vocab_size(config.text.vocab_size)
-    tensors = from_params(config, params)
-    with new_directory(directory, overwrite=overwrite) as partial:
-        write_json(partial / "config.json", write_config(config, dtype))
-        companions.write_generation(partial, pad_id=size + 1, never=range(size, rows))
-        companions.write_preprocessor(partial, config.vision, aspect)
-        companions.write_processor(partial, config.vision, template)
-        if tokenizer_file is not None:
-            companions.write_tokenizer(partial, tokenizer_file, config, added_tokens=True)
-        padded = _pad_vocabulary(config, tensors, rows)
-        write_tensors(partial, padded, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    write_json(directory / "config.json", write_config(config, dtype))
+    companions.write_generation(directory, usage.generation, pad_id=size + 1, never=range(size, rows))
+    companions.write_preprocessor(directory, config.vision, usage.aspect)
+    companions.write_processor(directory, config.vision, usage.template, usage.chat_template)
+    if checkpoint.tokenizer_file is not None:
+        companions.write_tokenizer(directory, checkpoint.tokenizer_file, config, added_tokens=True)
+    tensors = []
+    for entry in entries(config):
+        tensor = checkpoint.tensors[entry.key].renamed(entry.key)
+        tensors.append(tensor.padded_with_mean(rows) if entry.row.padded else tensor)
+    write_tensors(directory, tensors, stream, max_shard_bytes=max_shard_bytes)
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -163,14 +147,3 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "vision_feature_layer": config.vision.select_layer,
         "vision_feature_select_strategy": companions.select_strategy(config.vision),
     }
-
-
-def _pad_vocabulary(
-    config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]], rows: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    padded = {row.key for row in table(config) if row.padded}
-    for key, array in tensors:
-        if key in padded:
-            mean = array.mean(axis=0, dtype=np.float64).astype(array.dtype)
-            array = np.concatenate([array, np.broadcast_to(mean, (rows - len(array), *mean.shape))])
-        yield key, array

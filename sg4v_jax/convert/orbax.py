@@ -1,23 +1,42 @@
 """Checkpoints of training runs, as seen by everything that only wants the model.
 
 A run's directory holds `tokenizer.model` and `checkpoints/<step>/` with the items `params`,
-`opt_state`, `data` and `meta`. All are plain dicts, so the files outlive Flax and Optax.
+`opt_state`, `data` and `meta`. All are plain dicts, so the files outlive Flax and Optax. A model
+converted from elsewhere is a run that has taken no step: `params` and `meta` only.
 """
 
+import asyncio
+import dataclasses
+import hashlib
+import itertools
+import math
 import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
+from flax.traverse_util import unflatten_dict
 
 from sg4v_jax.convert.bundle import ModelBundle
+from sg4v_jax.convert.checkpoint import Checkpoint, Usage
+from sg4v_jax.convert.files import Stream
+from sg4v_jax.convert.names import Entry, entries
+from sg4v_jax.convert.params import Path, param_shapes, param_tensor, stored_dtypes, to_layer
+from sg4v_jax.convert.tensors import Tensor
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.sharegpt4v import abstract_model
 
 FORMAT_VERSION = 1
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
+# What is read of a stacked parameter at once, when its chunks hold several layers.
+_WINDOW_BYTES = 2**30
+_CHUNK_BYTES = 2**26
 
 
 def is_run(directory: pathlib.Path) -> bool:
@@ -56,15 +75,202 @@ def load_run(directory: pathlib.Path, step: int | None = None) -> ModelBundle:
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         restore = ocp.args.PyTreeRestore(shapes, restore_args=on_host)
         params = manager.restore(step, args=ocp.args.Composite(params=restore)).params
-    tokenizer = directory / TOKENIZER
     return ModelBundle(
         config=config,
         params=params,
-        tokenizer_file=tokenizer if tokenizer.exists() else None,
+        tokenizer_file=_tokenizer(directory),
         template=meta["template"],
         aspect=meta["aspect"],
         prompt=meta["prompt"],
     )
+
+
+def open_run(directory: pathlib.Path, step: int | None = None) -> Checkpoint:
+    """Opens the model of a training run without reading it.
+
+    Args:
+      directory: the run's directory.
+      step: which checkpoint; the newest by default.
+
+    Raises:
+      FileNotFoundError: if there is no such checkpoint.
+    """
+    meta = read_meta(directory, step)
+    config = ModelConfig.from_dict(meta["model"])
+    with _manager(directory) as manager:
+        params = directory / CHECKPOINTS / str(_step(manager, directory, step)) / "params"
+    stacks = {path: _Stack(params, path, shape) for path, shape in param_shapes(config).items()}
+    tensors: dict[str, Tensor] = {}
+    for entry in entries(config):
+        stack = stacks[entry.path]
+        tensors[entry.key] = param_tensor(entry, stack.shape, stack.dtype, stack.read, str(params))
+    vision = dataclasses.replace(config.vision, tuned_from=0)
+    usage = {field.name: meta[field.name] for field in dataclasses.fields(Usage) if field.name in meta}
+    usage.setdefault("history", {"step": meta["step"], "stage": meta["stage"], "tuned": _tuned(meta, config)})
+    return Checkpoint(
+        path=directory,
+        layout="run",
+        tensors=tensors,
+        vision=vision,
+        text=config.text,
+        projector=config.projector,
+        features=(vision.select_layer, vision.select_feature),
+        tokenizer_file=_tokenizer(directory),
+        usage=Usage(**usage),
+    )
+
+
+def write_run(directory: pathlib.Path, checkpoint: Checkpoint, stream: Stream) -> None:
+    """Writes a run of no steps, from which training starts and that everything here loads.
+
+    Args:
+      directory: an empty one.
+      checkpoint: a whole model.
+      stream: what reads its tensors; never more than two of them are in memory.
+
+    Raises:
+      ConversionError: a tensor can't be read.
+    """
+    config, usage = checkpoint.config, checkpoint.usage
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "stage": "converted",
+        "model": config.to_dict(),
+        "step": usage.history.get("step", 0),
+        "tokenizer_sha256": "",
+        **dataclasses.asdict(usage),
+    }
+    if checkpoint.tokenizer_file is not None:
+        shutil.copyfile(checkpoint.tokenizer_file, directory / TOKENIZER)
+        meta["tokenizer_sha256"] = hashlib.sha256((directory / TOKENIZER).read_bytes()).hexdigest()
+    registry = ocp.type_handlers.create_type_handler_registry((_LazyParam, _LazyParamHandler()))
+    # Compressing weights saves nothing and takes longer than writing them.
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    params = _lazy_params(config, checkpoint.tensors, stream)
+    # One layer to a chunk: each is then written in one go.
+    args = {
+        path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if param.is_stack else ())
+        for path, param in params.items()
+    }
+    with ocp.CheckpointManager(
+        (directory / CHECKPOINTS).resolve(),
+        item_handlers={"params": handler, "meta": ocp.JsonCheckpointHandler()},
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+    ) as manager:
+        save = ocp.args.PyTreeSave(unflatten_dict(params), save_args=unflatten_dict(args))
+        manager.save(0, args=ocp.args.Composite(params=save, meta=ocp.args.JsonSave(meta)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LazyParam:
+    """A parameter whose layers are read when it is their turn to be written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    entries: tuple[Entry, ...]
+    tensors: tuple[Tensor, ...]
+    stream: Stream
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def is_stack(self) -> bool:
+        return self.entries[0].layer is not None
+
+    def layers(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """(index, array) of each layer."""
+        for entry, array in zip(self.entries, self.stream.arrays(self.tensors), strict=True):
+            yield ... if entry.layer is None else entry.layer, to_layer(entry, self.shape, array)
+
+
+def _lazy_params(
+    config: ModelConfig, tensors: Mapping[str, Tensor], stream: Stream
+) -> dict[Path, _LazyParam]:
+    shapes, dtypes = param_shapes(config), stored_dtypes(config, tensors)
+    groups = itertools.groupby(entries(config), key=lambda entry: entry.path)
+    params = {}
+    for path, group in groups:
+        of_path = tuple(group)
+        read = tuple(tensors[entry.key] for entry in of_path)
+        params[path] = _LazyParam(shapes[path], dtypes[path], of_path, read, stream)
+    return params
+
+
+class _LazyParamHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `_LazyParam`s as NumpyHandler does arrays, but one after the other, layer by layer."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Lock()
+
+    async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
+        async with self._turn:
+            spec = tensorstore.Spec(tspec)
+            store = await tensorstore.open(spec, create=True, open=True, context=ts_context)
+            pending: list[Any] = []  # One write is under way while the next layer is prepared.
+            for index, array in value.layers():
+                for write in pending:
+                    await write
+                pending = [store[index].write(array)]
+            for write in pending:
+                await write
+
+
+class _Stack:
+    """A parameter in a checkpoint's files, read layer by layer."""
+
+    def __init__(self, params: pathlib.Path, path: Path, shape: tuple[int, ...]):
+        kvstore = {"driver": "ocdbt", "base": f"file://{params.resolve()}/", "path": ".".join(path) + "/"}
+        self._store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+        self.shape, self.dtype = shape, np.dtype(self._store.dtype.numpy_dtype)
+        self._window: tuple[range, np.ndarray] = (range(0), np.empty(0))
+
+    def read(self, layer: int | None) -> np.ndarray:
+        """One layer, or for None the whole parameter, which then has no layers."""
+        if layer is None:
+            return self._store.read().result()
+        layers, held = self._window
+        if layer not in layers:
+            layers = self._around(layer)
+            held = self._store[layers.start : layers.stop].read().result()
+            self._window = (layers, held)
+        if layer == layers[-1]:
+            self._window = (range(0), np.empty(0))
+        return held[layer - layers.start]
+
+    def _around(self, layer: int) -> range:
+        """The layers to read at once: those in the same chunks, as far as memory allows."""
+        chunk = self._store.chunk_layout.read_chunk.shape
+        in_chunk = int((chunk and chunk[0]) or 1)
+        layer_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        count = max(1, min(in_chunk, _WINDOW_BYTES // max(1, layer_bytes)))
+        return range(layer, min(layer + count, self.shape[0]))
+
+
+def _tuned(meta: dict[str, Any], config: ModelConfig) -> list[str]:
+    """What a run trained: parts, and of the vision tower the blocks."""
+    groups = meta.get("config", {}).get("optim", {}).get("groups", ())
+    first = config.vision.tuned_from
+    names = {"tuned": f"vision blocks {first}-{config.vision.num_used_layers - 1}"}
+    found: dict[str, None] = {}
+    for path in param_shapes(config):
+        name = "/".join(path)
+        rates = (rate for pattern, rate in groups if re.fullmatch(pattern, name))
+        if next(rates, None) is not None:
+            part = path[0] if path[0] != "vision" else names.get(path[1], f"vision {path[1]}")
+            found[part] = None
+    return list(found)
+
+
+def _tokenizer(directory: pathlib.Path) -> pathlib.Path | None:
+    tokenizer = directory / TOKENIZER
+    return tokenizer if tokenizer.exists() else None
 
 
 def _manager(directory: pathlib.Path) -> ocp.CheckpointManager:

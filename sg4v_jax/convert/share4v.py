@@ -1,88 +1,136 @@
-"""The original format of ShareGPT4V: decoder and projector, with the vision tower apart (spec 5.1)."""
+"""The original format of ShareGPT4V: decoder and projector, with the vision tower apart (spec 5.1).
 
-import itertools
-import os
+LLaVA-1.5's official checkpoints are the same with the tower inside, and the directories that
+training starts from are parts of it: a LLaMA, a CLIP, a projector alone.
+"""
+
+import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from sg4v_jax.convert import companions, configs
+from sg4v_jax.convert.checkpoint import PARTS, Checkpoint, Usage, canonical
 from sg4v_jax.convert.files import (
     MAX_SHARD_BYTES,
-    Tensors,
-    new_directory,
+    Stream,
+    has_weights,
     open_file,
     open_tensors,
     read_json,
     write_json,
     write_tensors,
 )
-from sg4v_jax.convert.names import canonical_name, share4v_name
-from sg4v_jax.convert.tensors import ConversionError, from_params, to_params
-from sg4v_jax.models.config import ModelConfig
+from sg4v_jax.convert.names import entries, share4v_name
+from sg4v_jax.convert.tensors import ConversionError, Tensor
+from sg4v_jax.data.image import ASPECTS
+from sg4v_jax.models.config import ModelConfig, VisionConfig
 
-_TOWER, _PROJECTOR = "vision_tower", "multi_modal_projector"
+_TOWER = "vision_tower"
+_CLIP_HEAD_DIM = 64
 # LLaVA differs in the name only, and Vicuna, to start from, in having no projector yet.
 _MODEL_TYPES = ("share4v", "llava", "llama")
+# What LLaVA's pre-training leaves beside a config.json, without the decoder.
+PROJECTOR_FILE = "mm_projector.bin"
 
 
-def load_share4v(
-    directory: str | os.PathLike[str],
-    *,
-    vision_tower: str | os.PathLike[str] | None = None,
-    projector: str | os.PathLike[str] | None = None,
-    tuned_from: int = 0,
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Loads a checkpoint in the original format of ShareGPT4V or LLaVA-1.5.
+def open_share4v(directory: pathlib.Path) -> Checkpoint:
+    """Opens a checkpoint in the original format of ShareGPT4V or LLaVA-1.5, or a LLaMA.
 
-    Args:
-      directory: decoder and projector: config.json and PyTorch or safetensors files. May hold the
-        tower's weights too, as LLaVA-1.5's do.
-      vision_tower: directory of the tower, a CLIPVisionModel or a whole CLIP. By default what
-        `mm_vision_tower` names, relative to `directory`, or else its sub-directory `vision_tower`.
-      projector: a file (`mm_projector.bin`) whose projector replaces that of `directory`. With
-        Vicuna's directory and CLIP's, this is where pre-training starts.
-      tuned_from: where to split the vision tower (see `models.config.VisionConfig`).
-
-    Returns:
-      (config, params): NumPy arrays in the dtype of the files, for `models.sharegpt4v`.
+    The tower is the one inside, or else that which `mm_vision_tower` names, relative to
+    `directory`, or its sub-directory `vision_tower`; where none is found the part is missing.
 
     Raises:
-      ConversionError: files are missing or damaged, a config asks for what the model here can't
-        do, or tensors don't fit it. Lists everything that is wrong.
+      ConversionError: files are missing or damaged, or a config asks for what the model here
+        can't do. Lists everything that is wrong.
     """
-    directory = pathlib.Path(directory)
     fields = read_json(directory / "config.json")
-    tower = _find_tower(directory, fields, vision_tower)
-    tensors = open_tensors(directory)
-    if projector is not None:
-        tensors = tensors.select(lambda name: not _is_part(name, _PROJECTOR))
-        tensors |= open_file(pathlib.Path(projector))
-    if not any(_is_part(name, _TOWER) for name in tensors):
-        tensors |= open_tensors(tower)
-    config = ModelConfig(
-        vision=configs.read_vision(
-            read_json(tower / "config.json"),
-            select_layer=fields.get("mm_vision_select_layer", -2),
-            select_feature=fields.get("mm_vision_select_feature", "patch"),
-            tuned_from=tuned_from,
-        ),
+    if not has_weights(directory) and (directory / PROJECTOR_FILE).is_file():
+        return open_projector(directory / PROJECTOR_FILE)
+    tensors = canonical(open_tensors(directory))
+    has_projector = any(key.startswith(PARTS["projector"]) for key in tensors)
+    inside = {key: tensor for key, tensor in tensors.items() if key.startswith(PARTS["vision"])}
+    checkpoint = Checkpoint(
+        path=directory,
+        layout="llama" if fields.get("model_type", "llama") == "llama" else "share4v",
+        tensors={key: tensor for key, tensor in tensors.items() if key not in inside},
         text=configs.read_text(fields, model_types=_MODEL_TYPES),
-        projector=fields.get("mm_projector_type") or _projector_kind(tensors),
+        projector=_projector_kind(tensors) if has_projector else None,
+        tokenizer_file=companions.find_tokenizer(directory),
+        usage=Usage(generation=companions.read_generation(directory)),
     )
-    return config, to_params(config, tensors)
+    checkpoint = adapted(directory, checkpoint)
+    if not inside:
+        return checkpoint
+    # LLaVA's towers are inside, and `mm_vision_tower` only says which one it is.
+    vision = checkpoint.vision or _inferred_tower(directory, inside)
+    return checkpoint.with_part("vision", Checkpoint(directory, "clip", inside, vision=vision))
 
 
-def save_share4v(
-    directory: str | os.PathLike[str],
-    config: ModelConfig,
-    params: Mapping[str, Any],
+def adapted(directory: pathlib.Path, checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint as the config.json in a directory, of its own or of a LoRA, wants it used.
+
+    Raises:
+      ConversionError: the config is for another decoder, or asks for what can't be done.
+    """
+    fields = read_json(directory / "config.json")
+    text = configs.read_text(fields, model_types=_MODEL_TYPES)
+    if text != checkpoint.text:
+        raise ConversionError(
+            [f"{directory}/config.json says {text}, {checkpoint.path} is {checkpoint.text}"]
+        )
+    is_plain = fields.get("model_type", "llama") == "llama"
+    aspect = fields.get("image_aspect_ratio") or (checkpoint.usage.aspect if is_plain else "square")
+    if aspect not in ASPECTS:
+        supported = ", ".join(ASPECTS)
+        raise ConversionError(
+            [f"{directory}/config.json: image_aspect_ratio {aspect!r}; supported: {supported}"]
+        )
+    layer, feature = checkpoint.features
+    layer = fields.get("mm_vision_select_layer", layer)
+    feature = fields.get("mm_vision_select_feature", feature)
+    checkpoint = dataclasses.replace(
+        checkpoint,
+        projector=fields.get("mm_projector_type", checkpoint.projector),
+        features=(layer, feature),
+        usage=dataclasses.replace(checkpoint.usage, aspect=aspect),
+    )
+    tower = _find_tower(directory, fields)
+    return checkpoint if tower is None else checkpoint.with_part("vision", open_tower(tower))
+
+
+def open_tower(directory: pathlib.Path) -> Checkpoint:
+    """Opens a vision tower: a CLIPVisionModel or a whole CLIP.
+
+    Raises:
+      ConversionError: see `open_share4v`.
+    """
+    vision = configs.read_vision(read_json(directory / "config.json"))
+    tensors = canonical(open_tensors(directory)) if has_weights(directory) else {}
+    return Checkpoint(directory, "clip", tensors, vision=vision)
+
+
+def open_projector(path: pathlib.Path) -> Checkpoint:
+    """Opens a file with a projector, like LLaVA's mm_projector.bin.
+
+    Raises:
+      ConversionError: it can't be read, or holds something else.
+    """
+    tensors = canonical(open_file(path))
+    others = [tensor.name for key, tensor in tensors.items() if not key.startswith(PARTS["projector"])]
+    if others or not tensors:
+        raise ConversionError([f"{path} is no projector: it has {', '.join(others[:3]) or 'no tensors'}"])
+    return Checkpoint(path, "projector", tensors, projector=_projector_kind(tensors))
+
+
+def write_share4v(
+    directory: pathlib.Path,
+    checkpoint: Checkpoint,
+    stream: Stream,
     *,
-    tokenizer_file: str | os.PathLike[str] | None,
-    dtype: str = "bfloat16",
-    aspect: str = "pad",
+    dtype: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint that ShareGPT4V's code reads, as safetensors.
 
@@ -90,37 +138,35 @@ def save_share4v(
     code takes it relative to where it runs: give it a full path there, or set it in config.json.
 
     Args:
-      directory: appears when it is complete, or not at all.
-      config: the model.
-      params: its parameters, NumPy or JAX arrays.
-      tokenizer_file: LLaMA's tokenizer.model, or None to leave it out.
-      dtype: `bfloat16`, `float16` or `float32`.
-      aspect: `image_aspect_ratio`: `pad` (fine-tuning, inference) or `square` (pre-training).
+      directory: an empty one.
+      checkpoint: a whole model.
+      stream: what reads its tensors.
+      dtype: what config.json says that the weights are.
       max_shard_bytes: the largest file.
-      overwrite: whether to replace a directory that isn't empty.
 
     Raises:
-      ConversionError: the parameters don't fit the config.
-      FileExistsError: the directory isn't empty, and `overwrite` wasn't given.
-      ValueError: unknown dtype or aspect, or a tokenizer of another vocabulary.
+      ConversionError: a tensor can't be read.
+      ValueError: unknown aspect, or a tokenizer of another vocabulary.
     """
-    tensors = from_params(config, params)
-    with new_directory(directory, overwrite=overwrite) as partial:
-        write_json(partial / "config.json", write_config(config, dtype, aspect))
-        companions.write_generation(partial, pad_id=0)
-        if tokenizer_file is not None:
-            companions.write_tokenizer(partial, tokenizer_file, config, added_tokens=False)
-        tower = partial / _TOWER
-        tower.mkdir()
-        vision = {"architectures": ["CLIPVisionModel"], "torch_dtype": dtype}
-        write_json(tower / "config.json", {**vision, **configs.write_vision(config.vision)})
-        # Padding is the business of share4v's code: the processor of its tower is CLIP's.
-        companions.write_preprocessor(tower, config.vision, "square")
-        # The tower's tensors follow each other, so that each parameter visits the host only once.
-        for is_tower, group in itertools.groupby(tensors, key=lambda item: _is_part(item[0], _TOWER)):
-            named = ((share4v_name(key, config.projector), array) for key, array in group)
-            where = tower if is_tower else partial
-            write_tensors(where, named, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    config, usage = checkpoint.config, checkpoint.usage
+    write_json(directory / "config.json", write_config(config, dtype, usage.aspect))
+    companions.write_generation(directory, usage.generation, pad_id=0)
+    if checkpoint.tokenizer_file is not None:
+        companions.write_tokenizer(directory, checkpoint.tokenizer_file, config, added_tokens=False)
+    tower = directory / _TOWER
+    tower.mkdir()
+    vision = {"architectures": ["CLIPVisionModel"], "torch_dtype": dtype}
+    write_json(tower / "config.json", {**vision, **configs.write_vision(config.vision)})
+    # Padding is the business of share4v's code: the processor of its tower is CLIP's.
+    companions.write_preprocessor(tower, config.vision, "square")
+    inside: list[Tensor] = []
+    outside: list[Tensor] = []
+    for entry in entries(config):
+        tensor = checkpoint.tensors[entry.key]
+        part = outside if entry.key.startswith(PARTS["vision"]) else inside
+        part.append(tensor.renamed(share4v_name(entry.key, config.projector)))
+    write_tensors(tower, outside, stream, max_shard_bytes=max_shard_bytes)
+    write_tensors(directory, inside, stream, max_shard_bytes=max_shard_bytes)
 
 
 def write_config(config: ModelConfig, dtype: str, aspect: str) -> dict[str, Any]:
@@ -147,25 +193,32 @@ def write_config(config: ModelConfig, dtype: str, aspect: str) -> dict[str, Any]
     }
 
 
-def _find_tower(
-    directory: pathlib.Path, fields: Mapping[str, Any], given: str | os.PathLike[str] | None
-) -> pathlib.Path:
-    if given is not None:
-        candidates = [pathlib.Path(given)]
-    else:
-        candidates = [directory / (fields.get("mm_vision_tower") or _TOWER), directory / _TOWER]
-    for candidate in candidates:
-        if (candidate / "config.json").exists():
-            return candidate
-    looked = " or ".join(str(candidate) for candidate in dict.fromkeys(candidates))
-    raise ConversionError([f"no vision tower at {looked}: fetch it and give its directory as vision_tower"])
+def _find_tower(directory: pathlib.Path, fields: Mapping[str, Any]) -> pathlib.Path | None:
+    named = [fields["mm_vision_tower"]] if isinstance(fields.get("mm_vision_tower"), str) else []
+    candidates = [directory / name for name in (*named, _TOWER)]
+    return next((found for found in candidates if (found / "config.json").exists()), None)
 
 
-def _is_part(name: str, part: str) -> bool:
-    return (canonical_name(name) or "").startswith(f"{part}.")
-
-
-def _projector_kind(tensors: Tensors) -> str:
+def _projector_kind(tensors: Mapping[str, Tensor]) -> str:
     """The projector that the tensors make up, for configs from before there was a choice."""
-    depth = sum(_is_part(name, _PROJECTOR) and name.endswith(".weight") for name in tensors)
+    depth = sum(key.startswith(PARTS["projector"]) and key.endswith(".weight") for key in tensors)
     return "linear" if depth <= 1 else f"mlp{depth}x_gelu"
+
+
+def _inferred_tower(directory: pathlib.Path, tensors: Mapping[str, Tensor]) -> VisionConfig:
+    """The shapes of a tower without a config.json. What they don't say is as in every CLIP ViT."""
+    prefix = f"{PARTS['vision']}vision_model."
+    shapes = {key.removeprefix(prefix): tensor.shape for key, tensor in tensors.items()}
+    try:
+        hidden, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
+        side = math.isqrt(shapes["embeddings.position_embedding.weight"][0] - 1)
+        return VisionConfig(
+            hidden_size=hidden,
+            intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+            num_layers=sum(key.endswith("mlp.fc1.weight") for key in shapes),
+            num_heads=hidden // _CLIP_HEAD_DIM,
+            image_size=side * patch,
+            patch_size=patch,
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConversionError([f"{directory}: the vision tower inside is no CLIP ViT ({error!r})"]) from error

@@ -2,16 +2,17 @@
 
 import functools
 import logging
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sg4v_jax.convert.load import load_model
+from sg4v_jax.convert.load import open_checkpoint
+from sg4v_jax.convert.params import check, read_params
+from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.models.config import ModelConfig
-from sg4v_jax.models.sharegpt4v import init_params, resplit_vision
+from sg4v_jax.models.sharegpt4v import init_params
 from sg4v_jax.parallel.placement import place
 from sg4v_jax.train import groups
 
@@ -27,27 +28,20 @@ def initial_params(
 
     Args:
       config: the model.
-      sources: for each of `PARTS`, a model directory in any known format, or "" for random values.
+      sources: for each of `PARTS`, a model or a part of one in any known format (see
+        `convert.load.open_checkpoint`), or "" for random values.
       shapes: ShapeDtypeStructs of the parameters, with the dtypes wanted.
       shardings: where they go.
       seed: of the random values.
 
     Raises:
-      ValueError: listing every parameter of a loaded part whose shape does not fit `config`.
+      ConversionError: listing every tensor of a loaded part that does not fit `config`.
     """
     params: dict[str, Any] = {}
-    bundles: dict[str, Any] = {}
     for part in PARTS:
-        path = sources[part]
-        if not path:
-            continue
-        if path not in bundles:
-            bundles[path] = load_model(pathlib.Path(path))
-        loaded = resplit_vision(bundles[path].params, config.vision.tuned_from)[part]
-        _check_shapes(part, path, loaded, shapes[part])
-        loaded = jax.tree.map(lambda leaf, s: np.asarray(leaf).astype(s.dtype), loaded, shapes[part])
-        params[part] = place(loaded, shardings[part])
-        log.info("%s: loaded from %s", part, path)
+        if sources[part]:
+            params[part] = _load(config, part, sources[part], shapes[part], shardings[part])
+            log.info("%s: loaded from %s", part, sources[part])
     missing = [part for part in PARTS if part not in params]
 
     @functools.partial(jax.jit, out_shardings={part: shardings[part] for part in missing})
@@ -71,15 +65,13 @@ def with_dtypes(shapes: Any, config_groups: groups.Groups, frozen_dtype: jnp.dty
     return groups.unflatten(typed)
 
 
-def _check_shapes(part: str, path: str, loaded: Any, wanted: Any) -> None:
-    have = {name: leaf.shape for name, leaf in groups.flatten(loaded)}
-    want = {name: leaf.shape for name, leaf in groups.flatten(wanted)}
-    problems = [f"{n}: missing" for n in want.keys() - have.keys()]
-    problems += [f"{n}: unexpected" for n in have.keys() - want.keys()]
-    problems += [
-        f"{n}: {have[n]} found, {want[n]} expected" for n in have.keys() & want.keys() if have[n] != want[n]
-    ]
-    if problems:
-        raise ValueError(
-            f"config.init.{part}={path} does not fit config.model.{part}:\n  " + "\n  ".join(sorted(problems))
-        )
+def _load(config: ModelConfig, part: str, source: str, shapes: Any, shardings: Any) -> dict[str, Any]:
+    """One part, parameter by parameter: the host never has more than one of them."""
+    tensors = open_checkpoint(source).part(part)
+    if problems := check(config, tensors, part):
+        raise ConversionError([f"config.init.{part}={source} does not fit config.model.{part}:", *problems])
+    flat = flatten_dict(shardings)
+    dtypes = {(part, *path): leaf.dtype for path, leaf in flatten_dict(shapes).items()}
+    return unflatten_dict(
+        {path[1:]: place(leaf, flat[path[1:]]) for path, leaf in read_params(config, tensors, dtypes)}
+    )

@@ -12,9 +12,9 @@ from PIL import Image
 
 from sg4v_jax.convert import companions
 from sg4v_jax.convert.configs import read_text, read_vision
-from sg4v_jax.convert.huggingface import load_llava, read_config, save_llava, write_config
-from sg4v_jax.convert.share4v import load_share4v, save_share4v
-from sg4v_jax.convert.tensors import ConversionError, to_params
+from sg4v_jax.convert.huggingface import read_config, write_config
+from sg4v_jax.convert.params import to_params
+from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.data.conversation import (
     IMAGE_TOKEN,
     TEMPLATES,
@@ -27,6 +27,7 @@ from sg4v_jax.data.image import normalize_reference, preprocess
 from sg4v_jax.data.records import Turn
 from sg4v_jax.data.tokenizer import Tokenizer, train_tokenizer
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from tests.convert.models import load, save
 from tests.torch_llava import arrays, llava_config, llava_model
 
 TEXTS = ["What is this? A cat on a mat. USER: ASSISTANT: the curious user and the assistant 0123456789"] * 4
@@ -75,7 +76,7 @@ def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
     hf_config = llava_config(text={"vocab_size": 320}, image_token_index=300, pad_token_id=301)
     config = read_config(hf_config.to_dict())
     params = to_params(config, arrays(llava_model(hf_config)))
-    save_llava(directory, config, params, tokenizer_file=tokenizer.path, dtype="float32")
+    save(directory, config, params, "hf", tokenizer_file=tokenizer.path, dtype="float32")
     return directory
 
 
@@ -177,14 +178,15 @@ def test_image_processor(aspect: str, tmp_path: pathlib.Path) -> None:
 
 def test_files_of_share4v(tokenizer: Tokenizer, exported: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Spec 3.2 and 3.6."""
-    config, params = load_llava(exported)
-    save_share4v(tmp_path / "s", config, params, tokenizer_file=tokenizer.path)
-    assert load_share4v(tmp_path / "s")[0] == config
+    config, params = load(exported)
+    save(tmp_path / "s", config, params, "share4v", tokenizer_file=tokenizer.path)
+    assert load(tmp_path / "s")[0] == config
     files = {str(path.relative_to(tmp_path / "s")) for path in (tmp_path / "s").rglob("*.*")}
     assert files == {
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "sg4v.json",
         "special_tokens_map.json",
         "tokenizer.model",
         "tokenizer_config.json",
@@ -204,18 +206,18 @@ def test_files_of_share4v(tokenizer: Tokenizer, exported: pathlib.Path, tmp_path
 def test_tokenizer_of_another_model(
     tokenizer: Tokenizer, exported: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    config, params = load_llava(exported)
+    config, params = load(exported)
     short = {**params["text"], "embedding": params["text"]["embedding"][:299]}
     short["head"] = {"kernel": params["text"]["head"]["kernel"][:, :299]}
     text = TextConfig(**{**config.text.__dict__, "vocab_size": 299})
     other = ModelConfig(vision=config.vision, text=text)
     with pytest.raises(ValueError, match="has 300 pieces, the model 299 tokens"):
-        save_llava(tmp_path / "x", other, {**params, "text": short}, tokenizer_file=tokenizer.path)
+        save(tmp_path / "x", other, {**params, "text": short}, "hf", tokenizer_file=tokenizer.path)
     assert not list(tmp_path.iterdir())
 
 
 def test_wrong_arguments(exported: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    config, params = load_llava(exported)
+    config, params = load(exported)
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),
         ({"template": "vicuna"}, "Did you mean 'vicuna_v1'"),
@@ -223,10 +225,12 @@ def test_wrong_arguments(exported: pathlib.Path, tmp_path: pathlib.Path) -> None
     )
     for arguments, complaint in cases:
         with pytest.raises(ValueError, match=complaint):
-            save_llava(tmp_path / "x", config, params, tokenizer_file=None, **arguments)
+            save(tmp_path / "x", config, params, "hf", **arguments)
     deep = ModelConfig(vision=config.vision, text=config.text, projector="mlp3x_gelu")
-    with pytest.raises(ConversionError, match="mlp2x_gelu, not mlp3x_gelu; use save_share4v"):
-        save_llava(tmp_path / "x", deep, params, tokenizer_file=None)
+    layers = params["projector"]
+    params = {**params, "projector": {**layers, "layer_2": layers["layer_1"]}}
+    with pytest.raises(ConversionError, match="mlp2x_gelu, not mlp3x_gelu; use share4v"):
+        save(tmp_path / "x", deep, params, "hf")
     assert not list(tmp_path.iterdir())
 
 
@@ -257,10 +261,9 @@ def test_added_rows(image: int, rows: int, vocab: int) -> None:
 def test_defaults_are_those_of_transformers() -> None:
     text, vision = transformers.LlamaConfig(), transformers.CLIPVisionConfig()
     assert read_text({}) == read_text(text.to_dict())
-    split: dict[str, Any] = {"select_layer": -2, "select_feature": "patch", "tuned_from": 0}
-    assert read_vision({}, **split) == read_vision(vision.to_dict(), **split)
+    assert read_vision({}) == read_vision(vision.to_dict())
     assert read_text({}).norm_eps == 1e-6
-    assert read_vision({}, **split).patch_size == 32
+    assert read_vision({}).patch_size == 32
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from sg4v_jax.convert.huggingface import load_llava, read_config, save_llava
-from sg4v_jax.convert.share4v import load_share4v, save_share4v
-from sg4v_jax.convert.tensors import ConversionError, from_params, padded_vocab_size, to_params
+from sg4v_jax.convert.huggingface import read_config
+from sg4v_jax.convert.params import from_params, padded_vocab_size, to_params
+from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
-from sg4v_jax.models.sharegpt4v import abstract_model
+from sg4v_jax.models.sharegpt4v import abstract_model, resplit_vision
+from tests.convert.models import load, save
 from tests.torch_llava import PADDED_VOCAB, VOCAB, arrays, llava_config, llava_model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -88,10 +89,10 @@ def theirs() -> Any:
 def test_transformers_to_us_and_back(shape: str, dtype: str, tmp_path: pathlib.Path) -> None:
     model = llava_model(llava_config(**SHAPES[shape]), dtype=getattr(torch, dtype))
     model.save_pretrained(tmp_path / "theirs")
-    config, params = load_llava(tmp_path / "theirs")
+    config, params = load(tmp_path / "theirs")
     assert config.text.vocab_size == VOCAB
     assert {str(leaf.dtype) for leaf in flatten_dict(params).values()} == {dtype}
-    save_llava(tmp_path / "ours", config, params, tokenizer_file=None, dtype=dtype)
+    save(tmp_path / "ours", config, params, "hf", dtype=dtype)
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
     assert again.dtype == model.dtype
     states, expected = again.state_dict(), model.state_dict()
@@ -107,7 +108,7 @@ def test_transformers_to_us_and_back(shape: str, dtype: str, tmp_path: pathlib.P
     for name, tensor in expected.items():
         assert states[name].dtype == tensor.dtype
         assert torch.equal(states[name], tensor), name
-    config_again, params_again = load_llava(tmp_path / "ours")
+    config_again, params_again = load(tmp_path / "ours")
     assert config_again == config
     assert_equal(params_again, params)
 
@@ -116,7 +117,7 @@ def test_unused_weights_survive(theirs: Any, tmp_path: pathlib.Path) -> None:
     """The block above the selected layer and the norm after it reach the exported tower."""
     config = read_config(theirs.config.to_dict())
     params = to_params(config, arrays(theirs))
-    save_share4v(tmp_path / "s", config, params, tokenizer_file=None, dtype="float32")
+    save(tmp_path / "s", config, params, "share4v", dtype="float32")
     tower = transformers.CLIPVisionModel.from_pretrained(tmp_path / "s" / "vision_tower")
     expected = theirs.model.vision_tower.state_dict()
     assert {"encoder.layers.3.mlp.fc1.weight", "post_layernorm.weight"} < expected.keys()
@@ -138,7 +139,7 @@ def test_layouts(layout: str, theirs: Any, tmp_path: pathlib.Path) -> None:
     if layout != "original":
         theirs.config.save_pretrained(tmp_path)
         save_file(tensors, tmp_path / "model.safetensors")
-        assert_equal(load_llava(tmp_path)[1], expected)
+        assert_equal(load(tmp_path)[1], expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -147,8 +148,8 @@ def test_share4v_and_back(projector: str, dtype: str, tmp_path: pathlib.Path) ->
     vision = VisionConfig(**{**SMALL.vision.__dict__, "select_layer": -1, "select_feature": "cls_patch"})
     config = ModelConfig(vision=vision, text=SMALL.text, projector=projector)
     params = random_params(config, {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
-    save_share4v(tmp_path / "s", config, params, tokenizer_file=None, dtype=dtype, aspect="square")
-    found, again = load_share4v(tmp_path / "s")
+    save(tmp_path / "s", config, params, "share4v", dtype=dtype, aspect="square")
+    found, again = load(tmp_path / "s")
     assert found == config
     assert_equal(again, params)
     assert json.loads((tmp_path / "s" / "config.json").read_text())["image_aspect_ratio"] == "square"
@@ -171,7 +172,7 @@ def write_torch_shards(directory: pathlib.Path, tensors: dict[str, np.ndarray]) 
 
 def make_original(directory: pathlib.Path, params: Params, tower: str = "Lin-Chen/tower") -> None:
     """The layout of the published repositories: PyTorch shards, and a tower without a directory in them."""
-    save_share4v(directory, SMALL, params, tokenizer_file=None, dtype="float32")
+    save(directory, SMALL, params, "share4v", dtype="float32")
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
     (directory / "model.safetensors").unlink()
@@ -185,8 +186,8 @@ def test_published_share4v(tmp_path: pathlib.Path) -> None:
     params = random_params(SMALL, np.float32)
     rounded = random_params(SMALL, ml_dtypes.bfloat16)
     make_original(tmp_path / "s", params)
-    config, found = load_share4v(tmp_path / "s", tuned_from=1)
-    assert config == SMALL.with_tuned_from(1)
+    config, found = load(tmp_path / "s")
+    assert config == SMALL
     assert_equal(found["text"], rounded["text"])
     assert_equal(found["projector"], rounded["projector"])
     np.testing.assert_array_equal(found["vision"]["class_embedding"], params["vision"]["class_embedding"])
@@ -197,26 +198,25 @@ def test_tower_is_found(tmp_path: pathlib.Path) -> None:
     params = random_params(SMALL)
     make_original(tmp_path / "s", params, tower="../elsewhere")
     inside = tmp_path / "s" / "vision_tower"
-    assert_equal(load_share4v(tmp_path / "s")[1]["vision"], params["vision"])
+    assert_equal(load(tmp_path / "s")[1]["vision"], params["vision"])
     shutil.copytree(inside, tmp_path / "elsewhere")
     weights = load_file(inside / "model.safetensors")
     save_file({name: 2 * array for name, array in weights.items()}, tmp_path / "elsewhere/model.safetensors")
     assert (
-        load_share4v(tmp_path / "s")[1]["vision"]["class_embedding"][0]
-        == 2 * params["vision"]["class_embedding"][0]
+        load(tmp_path / "s")[1]["vision"]["class_embedding"][0] == 2 * params["vision"]["class_embedding"][0]
     )
-    found = load_share4v(tmp_path / "s", vision_tower=inside)[1]
+    found = load(tmp_path / "s", vision_tower=inside)[1]
     assert_equal(found["vision"], params["vision"])
     shutil.rmtree(inside)
     shutil.rmtree(tmp_path / "elsewhere")
-    with pytest.raises(ConversionError, match="give its directory as vision_tower"):
-        load_share4v(tmp_path / "s")
+    with pytest.raises(ConversionError, match="give its directory as --vision-tower"):
+        load(tmp_path / "s")
 
 
 def test_llava_with_tower_in_its_shards(tmp_path: pathlib.Path) -> None:
     """As LLaVA-1.5 is published; the tower's directory then gives its config only."""
     params = random_params(SMALL)
-    save_share4v(tmp_path / "s", SMALL, params, tokenizer_file=None, dtype="float32")
+    save(tmp_path / "s", SMALL, params, "share4v", dtype="float32")
     tensors = load_file(tmp_path / "s/model.safetensors")
     tower = load_file(tmp_path / "s/vision_tower/model.safetensors")
     tensors |= {f"model.vision_tower.vision_tower.{name}": array for name, array in tower.items()}
@@ -224,14 +224,14 @@ def test_llava_with_tower_in_its_shards(tmp_path: pathlib.Path) -> None:
     save_file(
         {name: 0 * array for name, array in tower.items()}, tmp_path / "s/vision_tower/model.safetensors"
     )
-    assert_equal(load_share4v(tmp_path / "s")[1], params)
+    assert_equal(load(tmp_path / "s")[1], params)
 
 
 def test_start_of_pretraining(tmp_path: pathlib.Path) -> None:
     """Vicuna, a whole CLIP and LLaVA's mm_projector.bin (spec 4.1)."""
     params = random_params(SMALL)
     directory = tmp_path / "vicuna"
-    save_share4v(directory, SMALL, params, tokenizer_file=None, dtype="float32")
+    save(directory, SMALL, params, "share4v", dtype="float32")
     tensors = load_file(directory / "model.safetensors")
     projector = {name: tensors.pop(name) for name in list(tensors) if "mm_projector" in name}
     torch.save(
@@ -246,32 +246,31 @@ def test_start_of_pretraining(tmp_path: pathlib.Path) -> None:
     (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
     tower = load_file(clip / "model.safetensors")
     save_file({**tower, "text_model.final_layer_norm.bias": np.zeros(3)}, clip / "model.safetensors")
-    config, found = load_share4v(directory, vision_tower=clip, projector=tmp_path / "mm_projector.bin")
+    config, found = load(directory, vision_tower=clip, projector=tmp_path / "mm_projector.bin")
     assert config == SMALL
     assert_equal(found, params)
 
 
 @pytest.mark.parametrize("tuned_from", [0, 1, 2, 3])
 def test_split_towers(tuned_from: int, theirs: Any, tmp_path: pathlib.Path) -> None:
-    """Loading splits the tower anywhere, and what was split is saved whole."""
+    """A tower split anywhere is saved whole."""
     theirs.save_pretrained(tmp_path / "theirs")
-    _, whole = load_llava(tmp_path / "theirs")
-    config, params = load_llava(tmp_path / "theirs", tuned_from=tuned_from)
-    assert config.vision.tuned_from == tuned_from
+    config, whole = load(tmp_path / "theirs")
+    config, params = config.with_tuned_from(tuned_from), resplit_vision(whole, tuned_from)
     stacks = [params["vision"][name] for name in ("frozen", "tuned") if name in params["vision"]]
     assert ("frozen" in params["vision"], "tuned" in params["vision"]) == (tuned_from > 0, tuned_from < 3)
     kernels = [stack["attention"]["out"]["kernel"] for stack in stacks]
     np.testing.assert_array_equal(
         np.concatenate(kernels), whole["vision"]["tuned"]["attention"]["out"]["kernel"]
     )
-    save_llava(tmp_path / "ours", config, params, tokenizer_file=None, dtype="float32")
-    assert_equal(load_llava(tmp_path / "ours")[1], whole)
+    save(tmp_path / "ours", config, params, "hf", dtype="float32")
+    assert_equal(load(tmp_path / "ours")[1], whole)
 
 
 def test_shards(tmp_path: pathlib.Path) -> None:
     params = random_params(SMALL)
-    save_llava(tmp_path / "one", SMALL, params, tokenizer_file=None, dtype="float32")
-    save_llava(tmp_path / "many", SMALL, params, tokenizer_file=None, dtype="float32", max_shard_bytes=8000)
+    save(tmp_path / "one", SMALL, params, "hf", dtype="float32")
+    save(tmp_path / "many", SMALL, params, "hf", dtype="float32", max_shard_bytes=8000)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
@@ -283,7 +282,7 @@ def test_shards(tmp_path: pathlib.Path) -> None:
         held = load_file(tmp_path / "many" / file)
         assert {name for name, where in index["weight_map"].items() if where == file} == held.keys()
         assert sum(array.nbytes for array in held.values()) <= 8000 or len(held) == 1
-    assert_equal(load_llava(tmp_path / "many")[1], params)
+    assert_equal(load(tmp_path / "many")[1], params)
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "many")
     assert np.array_equal(
         again.state_dict()["lm_head.weight"].numpy(), single["language_model.lm_head.weight"]
@@ -292,12 +291,12 @@ def test_shards(tmp_path: pathlib.Path) -> None:
 
 def test_params_of_jax(tmp_path: pathlib.Path) -> None:
     params = random_params(SMALL, ml_dtypes.bfloat16)
-    save_llava(tmp_path / "a", SMALL, jax.tree.map(jax.numpy.asarray, params), tokenizer_file=None)
-    assert_equal(load_llava(tmp_path / "a")[1], params)
+    save(tmp_path / "a", SMALL, jax.tree.map(jax.numpy.asarray, params), "hf")
+    assert_equal(load(tmp_path / "a")[1], params)
 
 
 def test_all_problems_at_once() -> None:
-    tensors = dict(from_params(SMALL, random_params(SMALL)))
+    tensors = {key: tensor.read() for key, tensor in from_params(SMALL, random_params(SMALL)).items()}
     layer = "language_model.model.layers.1"
     del tensors[f"{layer}.mlp.up_proj.weight"]
     del tensors["vision_tower.vision_model.post_layernorm.bias"]
@@ -311,12 +310,13 @@ def test_all_problems_at_once() -> None:
     expected = {
         f"missing {layer}.mlp.up_proj.weight (for text/blocks/mlp/up/kernel)",
         "missing vision_tower.vision_model.post_layernorm.bias (for vision/post_norm/bias)",
-        f"{layer}.self_attn.q_proj.weight: expected shape (12, 12), found (5, 12)",
-        "multi_modal_projector.linear_1.bias: expected a dtype of bfloat16, float16, float32, found int8",
-        f"language_model.lm_head.weight: expected 100 to 128 rows of (12,), found {VOCAB - 1}",
+        f"{layer}.self_attn.q_proj.weight in memory: expected shape (12, 12), found (5, 12)",
+        "multi_modal_projector.linear_1.bias in memory: expected a dtype of bfloat16, float16, float32, "
+        "found int8",
+        f"language_model.lm_head.weight in memory: expected 100 to 128 rows of (12,), found {VOCAB - 1}",
         "model.norm.weight: the same tensor as language_model.model.norm.weight "
         "(both are language_model.model.norm.weight)",
-        "unexpected model.layers.1.self_attn.q_proj.lora_A.weight",
+        "unexpected model.layers.1.self_attn.q_proj.lora_A.weight in memory",
     }
     assert set(caught.value.problems) == expected
     assert all(problem in str(caught.value) for problem in expected)
@@ -339,7 +339,7 @@ def test_problems_of_params() -> None:
 
 
 def test_mixed_dtypes_become_float32() -> None:
-    tensors = dict(from_params(SMALL, random_params(SMALL)))
+    tensors = {key: tensor.read() for key, tensor in from_params(SMALL, random_params(SMALL)).items()}
     name = "language_model.model.layers.0.input_layernorm.weight"
     tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
     scale = to_params(SMALL, tensors)["text"]["blocks"]["attention_norm"]["scale"]

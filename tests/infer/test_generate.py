@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from sg4v_jax.convert.bundle import ModelBundle
-from sg4v_jax.convert.huggingface import load_llava
 from sg4v_jax.data.conversation import encode_prompt, get_template, place_images
 from sg4v_jax.data.image import load_image, normalize_reference, preprocess
 from sg4v_jax.data.records import Turn
@@ -21,6 +20,7 @@ from sg4v_jax.infer.generate import Generator, Prompt
 from sg4v_jax.infer.sampling import SamplingOptions
 from sg4v_jax.parallel.mesh import make_mesh
 from tests.conftest import TinyWorld
+from tests.convert.models import load
 from tests.torch_llava import llava_config, llava_model
 
 # Rows of the model that the tokenizer has no piece for, before those that HF's format adds.
@@ -58,7 +58,7 @@ def pair(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pai
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("llava")
     theirs.save_pretrained(directory)
-    model_config, params = load_llava(directory)
+    model_config, params = load(directory)
     assert model_config.text.vocab_size == vocab
     bundle = ModelBundle(model_config, params, tiny_world.tokenizer)
     return Pair(theirs, bundle, generator(bundle))

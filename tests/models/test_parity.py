@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sg4v_jax.convert.huggingface import read_config
-from sg4v_jax.convert.tensors import to_params
+from sg4v_jax.convert.params import to_params
 from sg4v_jax.models.config import CLIP_MEAN, CLIP_STD, ModelConfig
 from sg4v_jax.models.sharegpt4v import ShareGPT4V, abstract_model
 from tests.torch_llava import arrays, llava_config, llava_model

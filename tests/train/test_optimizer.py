@@ -12,7 +12,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from sg4v_jax.convert.huggingface import read_config
-from sg4v_jax.convert.tensors import to_params
+from sg4v_jax.convert.params import to_params
 from sg4v_jax.data.batch import Batch
 from sg4v_jax.data.image import normalize_reference
 from sg4v_jax.models.config import ModelConfig
