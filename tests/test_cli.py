@@ -213,6 +213,28 @@ def test_train(made: Made) -> None:
 
 
 @pytest.mark.slow
+def test_a_converted_model_is_no_run(
+    made: Made, run: Callable[..., str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training in its directory would start from random weights; from `config.init` it starts right."""
+    start, workdir = str(tmp_path / "start"), str(tmp_path / "run")
+    assert "MB/s" in run("convert", "--model", made / "run", "--output", start, "--to=run", "--dtype=float32")
+    assert "captioner" in run("info", "--model", start)
+    assert "0 differ" in run("convert", "--check", made / "run", start)
+    data = [
+        f"--config.data.tokenizer={made / 'tokenizer.model'}",
+        f"--config.data.sources.cap_dense.directory={made / 'datasets/llava/caps/1.0.0'}",
+    ]
+    train = ["train", "--config=configs/captioner.py:tiny", *SMALL, *data]
+    with pytest.raises(SystemExit):
+        main([*train, "--workdir", start])
+    assert "holds a converted model, not a run" in capsys.readouterr().err
+    init = [f"--config.init.{part}={start}" for part in ("vision", "projector", "text")]
+    main([*train, *init, "--config.optim.learning_rate=0.0", "--workdir", workdir])
+    assert "0 differ" in run("convert", "--check", start, workdir, "--weights-only")
+
+
+@pytest.mark.slow
 def test_caption_goes_on_where_it_stopped(
     made: Made, run: Callable[..., str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

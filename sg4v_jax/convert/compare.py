@@ -111,17 +111,17 @@ def _logits(config: ModelConfig, params: dict) -> jax.Array:
     image = np.stack(np.broadcast_arrays(gradient[:, None], gradient[None], 255 - gradient[None]), axis=-1)
     # The image first, then text that is the same for every vocabulary of at least this size.
     text = 1 + np.arange(_TEXT_TOKENS) * max(1, (config.text.vocab_size - 2) // _TEXT_TOKENS)
-    tokens = np.concatenate([np.zeros(features, np.int32), text])[None].astype(np.int32)
-    index = np.concatenate([np.arange(features), np.full(_TEXT_TOKENS, -1)])[None].astype(np.int32)
+    tokens = jnp.asarray(np.concatenate([np.zeros(features), text])[None], jnp.int32)
+    index = jnp.asarray(np.concatenate([np.arange(features), np.full(_TEXT_TOKENS, -1)])[None], jnp.int32)
+    positions = jnp.arange(tokens.shape[1])[None]
 
     @jax.jit
     def run(params: dict, image: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        positions = jnp.arange(tokens.shape[1])[None]
         hidden = model(tokens, positions, jnp.ones_like(tokens), image, index)
         return model.text.logits(hidden[0, features:]).astype(jnp.float32)
 
-    return run(params, image[None, None])
+    return run(params, jnp.asarray(image)[None, None])
 
 
 def _compute_dtype(config: ModelConfig) -> np.dtype:

@@ -1,5 +1,6 @@
 """Tensors of a checkpoint to our parameters, and back."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -75,6 +76,7 @@ def without_added_rows(tensors: Mapping[str, Tensor], vocab_size: int) -> dict[s
     }
 
 
+@functools.lru_cache
 def param_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
     """Shapes of our parameters by path."""
     return {path: leaf.shape for path, leaf in flatten_dict(abstract_model(config)[1]).items()}

@@ -12,6 +12,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+_BLOCK = 2**18
 # Of each float's bits, as an unsigned integer: those of the exponent, all set in NaN and infinity.
 _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
@@ -106,10 +107,16 @@ def is_finite(array: np.ndarray) -> bool:
     Args:
       array: of one of `DTYPES`.
     """
-    # On the bits: several times faster than arithmetic, which bfloat16 has none of on a CPU.
-    bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    # On the bits: several times faster than arithmetic, which bfloat16 has none of on a CPU. In
+    # blocks that stay in the cache: fresh memory for the whole would cost more than the test.
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
     exponent = bits.dtype.type(_EXPONENT[array.dtype.name])
-    return not array.size or int((bits & exponent).max()) != int(exponent)
+    scratch = np.empty(min(_BLOCK, bits.size), bits.dtype)
+    for start in range(0, bits.size, _BLOCK):
+        block = bits[start : start + _BLOCK]
+        if np.bitwise_and(block, exponent, out=scratch[: block.size]).max() == exponent:
+            return False
+    return True
 
 
 def count_not_finite(array: np.ndarray) -> int:

@@ -90,9 +90,18 @@ def resume_or_start(
 
     Returns:
       (steps already done, trainable parameters, optimizer state, frozen parameters).
+
+    Raises:
+      ValueError: the workdir holds a converted model, or `config.init` doesn't fit `config.model`.
     """
-    first_step = checkpointer.latest_step() or 0
-    if first_step:
+    latest, first_step = checkpointer.latest_step(), 0
+    if latest == 0:
+        raise ValueError(
+            "the workdir holds a converted model, not a run: train in another, and start from this one "
+            "with --config.init.vision, --config.init.projector and --config.init.text"
+        )
+    if latest is not None:
+        first_step = latest
         log.info("resuming at step %d", first_step)
         shapes = _with_shardings(setup.shapes, setup.shardings)
         opt_shapes = _with_shardings(setup.opt_shapes, setup.opt_shardings)
