@@ -19,13 +19,13 @@ CORE = [
     "orbax-checkpoint>=0.12.8,<0.13",
     "tensorflow-datasets>=4.9.10,<5",
     "grain>=0.2.18,<0.3",
+    "tensorstore>=0.1.70",
     "array_record>=0.8.1,<0.9",
     "sentencepiece>=0.2.1,<0.3",
     "ml_collections>=1.1.0,<2",
     "absl-py>=2.1",
     "numpy>=2.0,<3",
     "pillow>=11,<14",
-    "safetensors>=0.5,<1",
     "etils[epath]>=1.9",
     # tensorflow-datasets needs it on every Python but declares it only for <3.9.
     "importlib_resources>=6",
@@ -48,6 +48,7 @@ EXTRAS = {
         "mistral-common>=1.5",
         "torch==2.13.0",
         "transformers>=5,<6",
+        "safetensors>=0.5,<1",
     ],
 }
 

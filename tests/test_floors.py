@@ -22,8 +22,8 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-# What the library is compared with, or replaces. Only `convert` meets torch, to read its files.
-PEERS = {"torch", "transformers", "tensorflow", "torchvision"}
+# What the library is compared with, or replaces.
+PEERS = {"torch", "transformers", "tensorflow", "torchvision", "safetensors"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -67,11 +67,8 @@ def test_no_import_from_above(path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_peers_stay_outside(path: pathlib.Path) -> None:
-    for name, line, at_once in imports(path):
-        peer = name.split(".")[0]
-        if peer in PEERS:
-            allowed = peer == "torch" and room(path) == "convert" and not at_once
-            assert allowed, f"{path}:{line}: imports {peer}"
+    for name, line, _ in imports(path):
+        assert name.split(".")[0] not in PEERS, f"{path}:{line}: imports {name}"
 
 
 def test_the_command_starts_quickly() -> None:

@@ -170,6 +170,8 @@ def write_tensors(
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
+        # The wider dtypes first, so that each tensor lies at a multiple of its own.
+        shard.sort(key=lambda tensor: -tensor.dtype.itemsize)
         specs = [(tensor.name, tensor.shape, tensor.dtype) for tensor in shard]
         write_safetensors(directory / file, specs, stream.arrays(shard))
     if len(shards) > 1:
