@@ -1,7 +1,9 @@
 """Tensors of a checkpoint to our parameters, and back."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +21,31 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint, not read yet.
+
+    Attributes:
+      name: what its file calls it.
+      shape: as in the file.
+      dtype: one of `DTYPES`' values, or another that a file can hold.
+      where: the file, for messages.
+      read: gives a new array, read from the file each time. No memory map: mapped pages of a file
+        that something cuts short kill the process, and count as its memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    where: str
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 # What LLaVA adds to the vocabulary in HF's format, `<image>` and `<pad>`, and what it pads it to.
 _ADDED_TOKENS, _VOCAB_MULTIPLE = 2, 64
