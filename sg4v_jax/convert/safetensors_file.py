@@ -246,7 +246,7 @@ def _misplaced(entries: Mapping[str, _Entry], size: int, *, complete: bool) -> I
     if position > size:
         lost = [shown(name) for name, entry in entries.items() if entry.end > size]
         names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        yield f"is cut short: {position - size} bytes are missing, of {names}; fetch it again"
+        yield f"cut short: {position - size} bytes are missing, of {names}; fetch it again"
     elif position < size and complete:
         yield f"the {size - position} bytes after the last tensor belong to none"
 

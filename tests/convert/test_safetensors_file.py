@@ -246,7 +246,7 @@ def test_cut_short(tmp_path: pathlib.Path) -> None:
     header = {f"t{number}": entry([2], 8 * number, 8 * number + 8) for number in range(6)}
     write_raw(path, header, 9)
     (problem,) = problems_of(path)
-    assert "is cut short: 39 bytes are missing, of t1, t2, t3 and 2 more; fetch it again" in problem
+    assert "): cut short: 39 bytes are missing, of t1, t2, t3 and 2 more; fetch it again" in problem
 
 
 def test_every_problem_is_listed(tmp_path: pathlib.Path) -> None:
