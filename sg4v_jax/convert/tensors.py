@@ -1,8 +1,10 @@
 """Tensors of a checkpoint that are not read yet, so that no more than one need be in memory."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,9 +14,34 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
-_BLOCK = 2**18
-# Of each float's bits, as an unsigned integer: those of the exponent, all set in NaN and infinity.
-_EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint, not read yet.
+
+    Attributes:
+      name: what its file calls it.
+      shape: as in the file.
+      dtype: one of `DTYPES`' values, or another that a file can hold.
+      where: the file, for messages.
+      read: gives a new array, read from the file each time. No memory map: mapped pages of a file
+        that something cuts short kill the process, and count as its memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    where: str
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# What LLaVA adds to the vocabulary in HF's format, `<image>` and `<pad>`, and what it pads it to.
+_ADDED_TOKENS, _VOCAB_MULTIPLE = 2, 64
 
 
 class ConversionError(ValueError):
