@@ -83,7 +83,7 @@ def param_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
 
 
 def to_layer(entry: Entry, shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
-    """A tensor's array as its (layer of a) parameter has it: a view.
+    """A tensor's array as its (layer of a) parameter has it.
 
     Args:
       entry: what the tensor is.

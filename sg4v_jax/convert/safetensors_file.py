@@ -20,7 +20,7 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
-from sg4v_jax.convert.tensors import ConversionError, Tensor
+from sg4v_jax.convert.tensors import ConversionError, Tensor, contiguous
 
 # The format's dtypes that fill whole bytes.
 _DTYPES = {
@@ -306,22 +306,3 @@ def _contiguous(array: np.ndarray) -> Iterator[memoryview]:
         step = max(1, _CHUNK * len(array) // array.nbytes)
         for row in range(0, len(array), step):
             yield from _contiguous(array[row : row + step] if len(array) > 1 else array[0])
-
-
-def contiguous(array: np.ndarray) -> np.ndarray:
-    """An array in C order: itself if it is, or else a copy.
-
-    Transposed matrices, which is what our kernels are to a file, are copied in narrow tiles. NumPy
-    goes along whole columns, which have left the cache when the next one needs the same lines, and
-    takes several times as long.
-    """
-    if array.flags.c_contiguous:
-        return array
-    if array.ndim < 2 or array.strides[-1] == array.itemsize:
-        return array.copy(order="C")
-    copy = np.empty(array.shape, array.dtype)
-    for row in range(0, array.shape[0], 1024):
-        for column in range(0, array.shape[-1], 8):
-            tile = np.s_[row : row + 1024, ..., column : column + 8]
-            copy[tile] = array[tile]
-    return copy

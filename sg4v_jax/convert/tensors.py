@@ -1,10 +1,8 @@
 """Tensors of a checkpoint that are not read yet, so that no more than one need be in memory."""
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -14,34 +12,9 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor of a checkpoint, not read yet.
-
-    Attributes:
-      name: what its file calls it.
-      shape: as in the file.
-      dtype: one of `DTYPES`' values, or another that a file can hold.
-      where: the file, for messages.
-      read: gives a new array, read from the file each time. No memory map: mapped pages of a file
-        that something cuts short kill the process, and count as its memory.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    where: str
-    read: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-# What LLaVA adds to the vocabulary in HF's format, `<image>` and `<pad>`, and what it pads it to.
-_ADDED_TOKENS, _VOCAB_MULTIPLE = 2, 64
+_BLOCK = 2**18
+# Of each float's bits, as an unsigned integer: those of the exponent, all set in NaN and infinity.
+_EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
 class ConversionError(ValueError):
@@ -149,3 +122,22 @@ def is_finite(array: np.ndarray) -> bool:
 def count_not_finite(array: np.ndarray) -> int:
     """How many values are NaN or infinite."""
     return int(np.count_nonzero(~np.isfinite(array.astype(np.float32))))
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """An array in C order: itself if it is, or else a copy.
+
+    Transposed matrices, which is what our kernels are to a file, are copied in narrow tiles. NumPy
+    goes along whole columns, which have left the cache when the next one needs the same lines, and
+    takes several times as long.
+    """
+    if array.flags.c_contiguous:
+        return array
+    if array.ndim < 2 or array.strides[-1] == array.itemsize:
+        return array.copy(order="C")
+    copy = np.empty(array.shape, array.dtype)
+    for row in range(0, array.shape[0], 1024):
+        for column in range(0, array.shape[-1], 8):
+            tile = np.s_[row : row + 1024, ..., column : column + 8]
+            copy[tile] = array[tile]
+    return copy

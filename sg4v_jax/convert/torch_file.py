@@ -18,8 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sg4v_jax.convert.safetensors_file import WeightFile, contiguous, is_shape, is_too_large, shown
-from sg4v_jax.convert.tensors import ConversionError, Tensor
+from sg4v_jax.convert.safetensors_file import WeightFile, is_shape, is_too_large, shown
+from sg4v_jax.convert.tensors import ConversionError, Tensor, contiguous
 
 # The largest models' are below 1 MiB. It bounds what a hostile one makes of memory: 100 times as much.
 _MAX_PICKLE = 1 << 24

@@ -18,8 +18,8 @@ from safetensors import deserialize
 from safetensors.numpy import save
 
 from sg4v_jax.convert import safetensors_file
-from sg4v_jax.convert.safetensors_file import contiguous, open_safetensors, write_safetensors
-from sg4v_jax.convert.tensors import ConversionError
+from sg4v_jax.convert.safetensors_file import open_safetensors, write_safetensors
+from sg4v_jax.convert.tensors import ConversionError, contiguous
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 DTYPES = [
