@@ -14,6 +14,7 @@ import math
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -261,28 +262,31 @@ class _Stack:
         kvstore = {"driver": "ocdbt", "base": f"file://{params.resolve()}/", "path": ".".join(path) + "/"}
         self._store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
         self.shape, self.dtype = shape, np.dtype(self._store.dtype.numpy_dtype)
+        self._turn = threading.Lock()
         self._window: tuple[range, np.ndarray] = (range(0), np.empty(0))
 
     def read(self, layer: int | None) -> np.ndarray:
         """One layer, or for None the whole parameter, which then has no layers."""
         if layer is None:
             return self._store.read().result()
-        layers, held = self._window
-        if layer not in layers:
-            layers = self._around(layer)
-            held = self._store[layers.start : layers.stop].read().result()
-            self._window = (layers, held)
-        if layer == layers[-1]:
-            self._window = (range(0), np.empty(0))
-        return held[layer - layers.start]
+        count = self._layers_at_once()
+        if count == 1:
+            return self._store[layer].read().result()
+        with self._turn:
+            layers, held = self._window
+            if layer not in layers:
+                layers = range(layer, min(layer + count, self.shape[0]))
+                self._window = (range(0), np.empty(0))  # Let go of the last one first.
+                held = self._store[layers.start : layers.stop].read().result()
+                self._window = (layers, held)
+            return held[layer - layers.start].copy()
 
-    def _around(self, layer: int) -> range:
-        """The layers to read at once: those in the same chunks, as far as memory allows."""
+    def _layers_at_once(self) -> int:
+        """As many as share chunks, as far as memory allows."""
         chunk = self._store.chunk_layout.read_chunk.shape
         in_chunk = int((chunk and chunk[0]) or 1)
         layer_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        count = max(1, min(in_chunk, _WINDOW_BYTES // max(1, layer_bytes)))
-        return range(layer, min(layer + count, self.shape[0]))
+        return max(1, min(in_chunk, _WINDOW_BYTES // max(1, layer_bytes)))
 
 
 def _tuned(meta: dict[str, Any], config: ModelConfig) -> list[str]:
