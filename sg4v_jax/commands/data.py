@@ -1,6 +1,7 @@
 """`sg4v data`: datasets, tokenizers, the embedded world."""
 
 import argparse
+import os
 from typing import Any
 
 from sg4v_jax.commands.common import HelpFormatter, add_command, progress_bar
@@ -14,14 +15,18 @@ def add(commands: Any) -> None:
         actions,
         "build",
         _data_build,
-        "LLaVA-format JSON (or JSONL) and its images to a TFDS dataset of array_record shards.",
+        "LLaVA-format JSON (or JSONL) and its images to a TFDS dataset of array_record shards. "
+        "Goes on where it was interrupted.",
         "  sg4v data build --name sft --json mix.json --images data --output datasets",
     )
     build.add_argument("--name", required=True, help="name of the dataset")
-    build.add_argument("--json", required=True, help="JSON array or JSONL of records")
+    build.add_argument("--json", help="JSON array or JSONL of records; without it, every image, to caption")
     build.add_argument("--images", required=True, help="folder that `image` paths are relative to")
-    build.add_argument("--output", required=True, help="folder for datasets")
+    build.add_argument("--output", required=True, help="folder for datasets; all may be gs:// and the like")
     build.add_argument("--bad-records", choices=("fail", "drop"), default="fail", help="drop counts them")
+    build.add_argument("--max-bad", default="100%", help="with drop: fail above this number or percentage")
+    build.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    build.add_argument("--records-per-shard", type=int, default=1024)
     tokenizer = add_command(
         actions,
         "tokenizer",
@@ -54,6 +59,9 @@ def _data_build(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         arguments.images,
         arguments.output,
         bad_records=arguments.bad_records,
+        max_bad=arguments.max_bad,
+        workers=arguments.workers,
+        records_per_shard=arguments.records_per_shard,
         progress=progress_bar("records"),
     )
     print(f"{directory}: {report.written} records written, dropped: {report.dropped or 'none'}")
