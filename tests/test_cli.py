@@ -20,6 +20,7 @@ from sg4v_jax.world import load_photos
 COMMANDS = [
     ["demo"],
     ["data", "build"],
+    ["data", "check"],
     ["data", "tokenizer"],
     ["data", "world"],
     ["train"],
@@ -120,6 +121,8 @@ TRAIN = ["train", "--workdir=w", "--config=configs/captioner.py:tiny"]
         (["caption", "--model=m", "--images=none.json", "--output=o"], "none.json"),
         (["convert", "--model=none", "--output=o"], "none is no model"),
         (["data", "build", "--name=x", "--json=none.json", "--images=.", "--output=o"], "none.json"),
+        (["data", "check", "--json=none.json", "--images=."], "none.json"),
+        (["data", "build", "--name=x", "--images=.", "--output=o", "--max-bad=1%"], "goes with bad_records"),
         (["data", "tokenizer", "--json", "none.json", "--vocab-size=400", "--output=o"], "none.json"),
         (["data", "world", "--output=o", "--train=0"], "0 training"),
     ],

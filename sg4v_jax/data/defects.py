@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sg4v_jax.data.image import ImageError, load_image
 from sg4v_jax.data.json_stream import Entry
@@ -69,6 +69,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "duplicate_id": Kind(False, "an id that an earlier record has; both are used"),
     "duplicate_record": Kind(False, "the same as an earlier record; both are used"),
+    "wrong_template": Kind(
+        False, "the template of training can't write it, such as several turns for `plain`; passed over there"
+    ),
     "too_long": Kind(False, "longer than the sequence; it is cut at the end"),
 }
 
@@ -182,6 +185,9 @@ def inspect_image(data: bytes, name: str, *, decode: bool = True) -> list[Defect
             form, frames = image.format or "", getattr(image, "n_frames", 1)
     except Image.DecompressionBombError as error:
         raise _ImageDefect(f"{name}: {error}; make it smaller", "huge_image") from error
+    except UnidentifiedImageError as error:  # Its text names an address in memory.
+        message = f"{name}: can't be decoded ({len(data)} bytes): no image format that is known"
+        raise _ImageDefect(message, "corrupt_image") from error
     # A damaged file makes Pillow raise nearly anything, from OSError to IndexError.
     except Exception as error:
         message = f"{name}: can't be decoded ({len(data)} bytes): {str(error) or type(error).__name__}"

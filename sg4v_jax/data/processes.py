@@ -1,6 +1,7 @@
 """Work shared among processes, with results in the order of the work."""
 
 import concurrent.futures
+import concurrent.futures.process
 import itertools
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ def run_in_order(function: Callable[[Item], Result], items: Sequence[Item], work
 
     Raises:
       Whatever `function` raises, for the first item that makes it; what has not begun is given up.
+      ChildProcessError: a process was killed.
     """
     workers = min(workers, len(items))
     if workers <= 1:
@@ -32,6 +34,11 @@ def run_in_order(function: Callable[[Item], Result], items: Sequence[Item], work
     executor = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
     try:
         yield from executor.map(function, items)
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process ended without a word: was it killed for its memory? Use fewer workers. Or "
+            'does the script that started them lack `if __name__ == "__main__":`?'
+        ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 

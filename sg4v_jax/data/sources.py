@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-TEXT_ONLY, NO_FOLDER = "(text only)", "(no folder)"
+TEXT_ONLY, NO_FOLDER, OUTSIDE = "(text only)", "(no folder)", "(outside)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,5 +96,7 @@ def source_of(image: str, release: Release | None = None) -> str:
     """Where an image is from: the first folder of its path."""
     if release and release.source:
         return release.source
-    first, slash, _ = image.removeprefix("./").partition("/")
+    first, slash, _ = image.replace("\\", "/").removeprefix("./").partition("/")
+    if slash and first in ("", ".."):
+        return OUTSIDE
     return first if slash else NO_FOLDER
