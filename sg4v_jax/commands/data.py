@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     build.add_argument("--max-bad", default="100%", help="with drop: fail above this number or percentage")
     build.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     build.add_argument("--records-per-shard", type=int, default=1024)
+    build.add_argument("--beam-options", help="write the shards on Apache Beam, with these flags of it")
     _add_check(actions)
     tokenizer = add_command(
         actions,
@@ -104,6 +105,14 @@ def _data_check(arguments: argparse.Namespace, config_argv: list[str]) -> None:
 def _data_build(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     from sg4v_jax.data.build import build
 
+    executor = None
+    if arguments.beam_options is not None:
+        from sg4v_jax.data.beam import on_beam
+
+        try:
+            executor = on_beam(arguments.beam_options.split())
+        except ImportError as error:
+            raise ValueError(str(error)) from error
     directory, report = build(
         arguments.name,
         arguments.json,
@@ -113,6 +122,7 @@ def _data_build(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         max_bad=arguments.max_bad,
         workers=arguments.workers,
         records_per_shard=arguments.records_per_shard,
+        executor=executor,
         progress=progress_bar("records"),
     )
     print(f"{directory}: {report.written} records written, dropped: {report.dropped or 'none'}")

@@ -24,7 +24,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from sg4v_jax.data.defects import allowed_bad, inspect_entry
-from sg4v_jax.data.folder import write_records
+from sg4v_jax.data.folder import require_folder, write_records
 from sg4v_jax.data.json_stream import RecordError, Span, read_span, split_entries
 from sg4v_jax.data.processes import Steps, run_in_order
 from sg4v_jax.data.records import Record, parse_record, to_json
@@ -131,6 +131,7 @@ def build(
     Raises:
       RecordError, ImageError: on a bad record, under `fail`; on too many, under `drop`; on a file that
         is cut off.
+      FileNotFoundError: there is no such file or image folder.
       ValueError: other records were built there under this name.
     """
     if bad_records not in BAD_RECORD_POLICIES:
@@ -138,6 +139,7 @@ def build(
     if bad_records == "fail" and max_bad != "100%":
         raise ValueError(f"max_bad {max_bad!r} goes with bad_records 'drop'; 'fail' takes none")
     allowed_bad(max_bad, 0)
+    require_folder(image_root)
     target = epath.Path(directory) / "llava" / name / "1.0.0"
     work = target / _WORK
     answered = json_file is not None
@@ -220,7 +222,7 @@ def write_shard(shard: Shard) -> BuildReport:
             report.written += 1
             report.num_bytes += len(data)
         writer.close()
-    _write_text(mark, json.dumps(dataclasses.asdict(report)))
+    _write_text(mark, json.dumps(dataclasses.asdict(report)), mark.parent)
     return report
 
 
@@ -281,7 +283,7 @@ def _begin(work: epath.Path, plan: Mapping[str, Any]) -> None:
     file = work / "plan.json"
     if not file.exists():
         work.mkdir(parents=True, exist_ok=True)
-        _write_text(file, json.dumps(plan))
+        _write_text(file, json.dumps(plan), work)
     elif json.loads(file.read_text()) != plan:
         raise ValueError(
             f"{work.parent}: there is an unfinished build of other records or settings; choose another "
@@ -301,7 +303,8 @@ def _check_cap(report: BuildReport, allowed: int, records: int, max_bad: str) ->
 
 
 def _finish(target: epath.Path, plan: Mapping[str, Any], report: BuildReport, lengths: Sequence[int]) -> None:
-    _write_text(target / _REPORT, json.dumps({"plan": plan, **dataclasses.asdict(report)}, indent=1))
+    work = target / _WORK
+    _write_text(target / _REPORT, json.dumps({"plan": plan, **dataclasses.asdict(report)}, indent=1), work)
     # What tfds.folder_dataset.write_metadata does, which wants to find the shards where it writes.
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(
@@ -326,8 +329,8 @@ def _finish(target: epath.Path, plan: Mapping[str, Any], report: BuildReport, le
     with tempfile.TemporaryDirectory() as metadata:
         info.write_to_directory(metadata)
         for file in ("features.json", _INFO):
-            _write_text(target / file, (pathlib.Path(metadata) / file).read_text())
-    _remove(target / _WORK)
+            _write_text(target / file, (pathlib.Path(metadata) / file).read_text(), work)
+    _remove(work)
 
 
 @contextlib.contextmanager
@@ -348,12 +351,12 @@ def _new_file(path: str, work: epath.Path) -> Iterator[str]:
         _remove(epath.Path(place))
 
 
-def _write_text(path: epath.Path, text: str) -> None:
+def _write_text(path: epath.Path, text: str, work: epath.Path) -> None:
     """Writes a file that appears whole or not at all."""
     if "://" in os.fspath(path):
         path.write_text(text)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = work / f"{path.name}.{os.getpid()}"
     temporary.write_text(text)
     temporary.replace(path)
 

@@ -26,6 +26,7 @@ from sg4v_jax.data.conversation import (
     render,
 )
 from sg4v_jax.data.defects import Inspection, allowed_bad, inspect_entry
+from sg4v_jax.data.folder import require_folder
 from sg4v_jax.data.json_stream import Entry, Span, Split, read_span, split_entries
 from sg4v_jax.data.processes import Steps, run_in_order
 from sg4v_jax.data.records import Record, Turn
@@ -178,6 +179,7 @@ def check(
 
     Raises:
       RecordError: a file is no JSON array or JSONL, or is cut off.
+      FileNotFoundError: there is no such file or image folder.
       ValueError: an option means nothing, such as an unknown template.
     """
     allowed_bad(max_bad, 0)
@@ -186,6 +188,7 @@ def check(
         raise ValueError(f"a file is given twice: {', '.join(paths)}")
     options = options or CheckOptions()
     get_template(options.template)
+    require_folder(image_root)
     if options.tokenizer:
         Tokenizer(options.tokenizer)
     splits = [split_entries(path, _SPAN) for path in paths]

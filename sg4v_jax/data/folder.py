@@ -1,8 +1,7 @@
-"""A plain folder of images as records to caption."""
+"""The image root: whether it is there, and all its images as records to caption."""
 
 import json
 import os
-from collections.abc import Iterator
 
 from etils import epath
 
@@ -11,9 +10,29 @@ from sg4v_jax.data.records import IMAGE_PLACEHOLDER
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+def require_folder(root: str | os.PathLike[str]) -> None:
+    """Makes sure that an image root is there.
+
+    Raises:
+      FileNotFoundError: it isn't.
+    """
+    if not epath.Path(root).is_dir():
+        raise FileNotFoundError(f"{os.fspath(root)}: no such image folder; `image` paths are relative to it")
+
+
 def find_images(root: str | os.PathLike[str]) -> list[str]:
-    """Paths of all images below a directory or URI, relative to it, sorted."""
-    return sorted(_walk(epath.Path(root), ""))
+    """Paths of all images below a directory or URI, relative to it, sorted.
+
+    Raises:
+      OSError: a directory can't be read.
+    """
+    found, top = [], None
+    for folder, _, files in epath.Path(root).walk(on_error=_fail):
+        # File systems differ in how they spell the folder that they were asked for; it comes first.
+        top = top or folder
+        names = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
+        found += [(folder / name).relative_to(top).as_posix() for name in names]
+    return sorted(found)
 
 
 def write_records(root: str | os.PathLike[str], file: epath.Path) -> None:
@@ -31,9 +50,5 @@ def write_records(root: str | os.PathLike[str], file: epath.Path) -> None:
             lines.write(json.dumps({"id": name, "image": name, "conversations": question}) + "\n")
 
 
-def _walk(folder: epath.Path, prefix: str) -> Iterator[str]:
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _walk(path, f"{prefix}{path.name}/")
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            yield prefix + path.name
+def _fail(error: OSError) -> None:
+    raise error

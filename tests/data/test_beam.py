@@ -10,15 +10,11 @@ import pytest
 from sg4v_jax.data.beam import on_beam
 from sg4v_jax.data.build import build
 from sg4v_jax.data.json_stream import RecordError
+from tests.data.datasets import contents
 from tests.data.planted import plant
 
 LOCAL = ["--runner=DirectRunner", "--direct_num_workers=1"]
 PROCESSES = ["--runner=DirectRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=2"]
-
-
-def contents(directory: Any) -> dict[str, bytes]:
-    found = pathlib.Path(directory).rglob("*")
-    return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
 @pytest.mark.beam
@@ -30,8 +26,8 @@ def test_beam_builds_the_same(tmp_path: pathlib.Path, runner: list[str]) -> None
     alone, expected = build(*arguments, tmp_path / "alone", **settings)
     together, report = build(*arguments, tmp_path / "beam", executor=on_beam(runner), **settings)
     assert report == expected
-    assert contents(together) == contents(alone)
-    assert len(contents(alone)) == 7 + 3
+    assert contents(pathlib.Path(together)) == contents(pathlib.Path(alone))
+    assert len(contents(pathlib.Path(alone))) == 7 + 3
 
 
 @pytest.mark.beam

@@ -1,46 +1,16 @@
 """Building a dataset: what is stored, what is refused, what is reported."""
 
 import json
-import os
 import pathlib
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from typing import Any
 
-import fsspec.implementations.dirfs
 import pytest
-import tensorflow_datasets as tfds
-from etils import epath
 
-from sg4v_jax.data import build as build_module
 from sg4v_jax.data.build import build, decode_example, open_dataset
 from sg4v_jax.data.image import ImageError
-from sg4v_jax.data.records import Record, RecordError, Turn, parse_record, read_records
+from sg4v_jax.data.records import RecordError, parse_record, read_records
 from tests.conftest import TinyWorld
-
-REPOSITORY = pathlib.Path(__file__).parents[2]
-
-
-def record(id: str, image: Any = None, answer: str = "A cup.") -> dict[str, Any]:
-    question = "What is it?" if image is None else "<image>\nWhat is it?"
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": id, **({} if image is None else {"image": image}), "conversations": turns}
-
-
-@pytest.fixture
-def images(tiny_world: TinyWorld, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder with a good image, a cut-off one, and a good one beside it, out of reach."""
-    root = tmp_path / "images"
-    root.mkdir()
-    data = sorted((tiny_world.image_root / "photos").iterdir())[0].read_bytes()
-    (root / "good.jpg").write_bytes(data)
-    (root / "cut.jpg").write_bytes(data[: len(data) // 2])
-    (tmp_path / "secret.jpg").write_bytes(data)
-    os.symlink(tmp_path / "secret.jpg", root / "link.jpg")
-    return root
+from tests.data.datasets import contents, ids_of, record
 
 
 def build_records(records: list[Any], images: pathlib.Path, policy: str = "fail", name: str = "x") -> Any:
@@ -99,11 +69,6 @@ def test_fail_and_drop(
     assert ids_of(directory) == ["0", "2"]
 
 
-def ids_of(directory: pathlib.Path) -> list[str]:
-    dataset = open_dataset(directory)
-    return [decode_example(dataset[i], "x", i)[0].id for i in range(len(dataset))]
-
-
 def test_several_images_and_repeated_ids(images: pathlib.Path) -> None:
     two = record("same", ["good.jpg", "good.jpg"])
     two["conversations"][0]["value"] = "<image>\n<image>\nSame?"
@@ -135,15 +100,6 @@ def test_an_existing_dataset_is_left_as_it_is(images: pathlib.Path) -> None:
         build_records([record("new"), record("newer")], images)
     assert contents(directory) == before
     assert ids_of(again) == ["old"]
-
-
-def contents(directory: pathlib.Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in pathlib.Path(directory).rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("policy", ["fail", "drop"])
@@ -186,6 +142,8 @@ def test_errors_name_the_thing(images: pathlib.Path) -> None:
         open_dataset(images.parent / "datasets/llava/none/1.0.0")
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         build("none", images.parent / "none.json", images, images.parent / "datasets")
+    with pytest.raises(FileNotFoundError, match="no-such: no such image folder"):
+        build("none", None, images / "no-such", images.parent / "datasets")
     with pytest.raises(RecordError, match=r"x\.json: no record to store; dropped: \{'no_answer': 1\}"):
         build_records([{"conversations": []}], images, "drop")
     with pytest.raises(ValueError, match="mount the bucket"):
@@ -217,207 +175,3 @@ def test_a_cap_that_means_nothing(images: pathlib.Path) -> None:
             build(*arguments, bad_records="drop", max_bad=cap)
     with pytest.raises(ValueError, match="goes with bad_records 'drop'"):
         build(*arguments, max_bad="1%")
-
-
-# --- Shards --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def many(images: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """(a file of 60 records, ten of them bad and one whole shard of those; the images)."""
-    objects = [record(f"é{i}", "good.jpg" if i % 3 else None, answer="a" * (i + 1)) for i in range(60)]
-    for i in [3, 17, *range(20, 28)]:
-        objects[i] = record(str(i), "missing.jpg")
-    file = images.parent / "many.json"
-    file.write_text(json.dumps(objects, ensure_ascii=False))
-    return file, images
-
-
-def build_many(many: tuple[pathlib.Path, pathlib.Path], place: str, **settings: Any) -> pathlib.Path:
-    file, images = many
-    directory, report = build(
-        "many", file, images, images.parent / place, bad_records="drop", records_per_shard=4, **settings
-    )
-    assert (report.written, report.dropped) == (50, {"missing_image": 10})
-    return pathlib.Path(directory)
-
-
-def test_workers_change_nothing(many: tuple[pathlib.Path, pathlib.Path]) -> None:
-    """Same bytes in the same files; the records are in the order of the file; an empty shard is fine."""
-    alone = build_many(many, "one")
-    together = build_many(many, "three", workers=3)
-    assert contents(alone) == contents(together)
-    assert len(contents(alone)) == 15 + 3
-    assert ids_of(alone) == [f"é{i}" for i in range(60) if i not in [3, 17, *range(20, 28)]]
-    info = tfds.builder_from_directory(os.fspath(alone)).info
-    assert info.splits["train"].num_examples == 50
-    assert info.splits["train"].shard_lengths[5:7] == [0, 0]
-
-
-KILLED = """
-import os, sys
-from sg4v_jax.data import build
-write_shard, count = build.write_shard, 0
-def counted(shard):
-    global count
-    count += 1
-    if count > 5:
-        # In the middle of a shard: a part of it is written, nothing says it is finished.
-        with build._new_file(shard.path, build.epath.Path(shard.mark).parent) as path:
-            open(path, "wb").write(b"half")
-            os.kill(os.getpid(), 9)
-    return write_shard(shard)
-build.write_shard = counted
-build.build("many", sys.argv[1], sys.argv[2], sys.argv[3], bad_records="drop", records_per_shard=4)
-"""
-
-
-def test_goes_on_after_a_kill(
-    many: tuple[pathlib.Path, pathlib.Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Finished shards are not built again, and the result is that of an undisturbed build."""
-    file, images = many
-    place = images.parent / "killed"
-    done = subprocess.run([sys.executable, "-c", KILLED, file, images, place], cwd=REPOSITORY)
-    assert done.returncode == -signal.SIGKILL
-    directory = place / "llava/many/1.0.0"
-    with pytest.raises(FileNotFoundError):
-        open_dataset(directory)
-    finished = {path: path.stat().st_mtime_ns for path in directory.glob("llava-train*")}
-    assert len(finished) == 5
-
-    reads = []
-    inspect = build_module.inspect_entry
-    monkeypatch.setattr(
-        build_module, "inspect_entry", lambda entry, **keys: reads.append(entry) or inspect(entry, **keys)
-    )
-    assert build_many(many, "killed") == directory
-    assert len(reads) == 60 - 5 * 4
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert contents(directory) == contents(build_many(many, "undisturbed"))
-
-
-def test_a_kill_of_the_parent_ends_its_workers(many: tuple[pathlib.Path, pathlib.Path]) -> None:
-    """They would otherwise wait for ever, and two builds write at once after a restart."""
-    code = (
-        "import os, time\n"
-        "from sg4v_jax.data.processes import run_in_order\n"
-        "if __name__ == '__main__':\n"
-        "    for pid in run_in_order(sleeper, [0, 0, 60, 60], 2):\n"
-        "        print(pid, flush=True)\n"
-    )
-    script = many[0].parent / "parent.py"
-    script.write_text("import os, time\ndef sleeper(s):\n    time.sleep(s)\n    return os.getpid()\n" + code)
-    environment = os.environ | {"PYTHONPATH": os.fspath(REPOSITORY)}
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
-    assert parent.stdout is not None
-    workers = {int(parent.stdout.readline()), int(parent.stdout.readline())}
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 30
-    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "the workers live on"
-        time.sleep(0.05)
-
-
-def test_other_records_do_not_go_on_with_a_build(many: tuple[pathlib.Path, pathlib.Path]) -> None:
-    file, images = many
-    place = images.parent / "mixed"
-    with pytest.raises(ImageError):
-        build("many", file, images, place, records_per_shard=4)
-    with pytest.raises(ValueError, match="an unfinished build of other records or settings"):
-        build("many", file, images, place, records_per_shard=5)
-    file.write_text(json.dumps([record("0")]))
-    with pytest.raises(ValueError, match="an unfinished build of other records or settings"):
-        build("many", file, images, place, records_per_shard=4)
-
-
-def test_fail_after_drop_still_fails(many: tuple[pathlib.Path, pathlib.Path]) -> None:
-    file, images = many
-    place = images.parent / "strict"
-    settings: dict[str, Any] = {"records_per_shard": 4}
-    with pytest.raises(RecordError, match="more than max_bad 5"):
-        build("many", file, images, place, bad_records="drop", max_bad="5", **settings)
-    with pytest.raises(RecordError, match=r"record 3, .*missing\.jpg: no such file"):
-        build("many", file, images, place, **settings)
-
-
-# --- Folders and URIs ----------------------------------------------------------------------------
-
-
-def test_a_folder_of_images_to_caption(images: pathlib.Path) -> None:
-    """Records without an answer: a captioner can take them, training can't."""
-    (images / "sub").mkdir()
-    data = (images / "good.jpg").read_bytes()
-    (images / "sub/B.JPG").write_bytes(data)
-    (images / "notes.txt").write_text("no image")
-    directory, report = build("f", None, images, images.parent / "datasets", bad_records="drop")
-    assert report.dropped == {"corrupt_image": 1, "path_outside": 1}
-    dataset = open_dataset(directory)
-    found = [decode_example(dataset[i], "f", i, answered=False) for i in range(len(dataset))]
-    assert [one for one, _ in found] == [
-        Record(name, (name,), (Turn("human", "<image>"),)) for name in ("good.jpg", "sub/B.JPG")
-    ]
-    assert [stored for _, stored in found] == [[data], [data]]
-    with pytest.raises(RecordError, match="must end with an answer"):
-        decode_example(dataset[0], "f", 0)
-    assert build("f", None, images, images.parent / "datasets", bad_records="drop") == (directory, report)
-    (images / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no image below"):
-        build("g", None, images / "empty", images.parent / "datasets")
-
-
-@pytest.fixture
-def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """A folder that `gs://` stands for: what `etils.epath` asks fsspec for, without a network."""
-    root = tmp_path / "bucket"
-    root.mkdir()
-    files = fsspec.implementations.dirfs.DirFileSystem(os.fspath(root), fsspec.filesystem("file"))
-    backend = epath.backend.fsspec_backend
-    original = backend.fs
-    fake = _Bucket(files)
-    monkeypatch.setattr(
-        backend, "fs", lambda path: fake if os.fspath(path).startswith("gs://") else original(path)
-    )
-    return root
-
-
-class _Bucket:
-    """Takes the scheme off, as gcsfs does, and makes folders as they are needed, as object stores do."""
-
-    def __init__(self, files: Any):
-        self._files = files
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._files, name)
-
-        def call(path: Any, *arguments: Any, **keys: Any) -> Any:
-            path = os.fspath(path).removeprefix("gs://")
-            if name == "open" and "w" in keys.get("mode", ""):
-                self._files.makedirs(os.path.dirname(path), exist_ok=True)
-            return method(path, *arguments, **keys)
-
-        return call
-
-
-@pytest.mark.parametrize("json_file", [True, False])
-def test_buckets(images: pathlib.Path, bucket: pathlib.Path, json_file: bool) -> None:
-    """From a bucket to a bucket: the same files as from a folder to a folder."""
-    for link in ("link.jpg", "cut.jpg"):
-        (images / link).unlink()
-    shutil.copytree(images, bucket / "images")
-    records = json.dumps([record("0", "good.jpg"), record("1"), record("2", "no.jpg"), record("3", "../x")])
-    (bucket / "x.json").write_text(records)
-    (images.parent / "x.json").write_text(records)
-    source = "gs://x.json" if json_file else None
-    settings: dict[str, Any] = {"bad_records": "drop", "records_per_shard": 2}
-    place, report = build("x", source, "gs://images", "gs://out", **settings)
-    assert os.fspath(place) == "gs://out/llava/x/1.0.0"
-    local = images.parent / "x.json" if json_file else None
-    directory, expected = build("x", local, images, images.parent / "out", **settings)
-    assert (
-        report.dropped == expected.dropped == ({"missing_image": 1, "path_outside": 1} if json_file else {})
-    )
-    made, wanted = contents(bucket / "out/llava/x/1.0.0"), contents(pathlib.Path(directory))
-    made.pop("build_report.json"), wanted.pop("build_report.json")  # Its messages name the paths.
-    assert made == wanted

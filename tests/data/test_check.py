@@ -305,6 +305,8 @@ def test_files_that_can_not_be_checked(planted: Planted, tmp_path: pathlib.Path)
         check([cut], planted.image_root)
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         check([tmp_path / "none.json"], planted.image_root)
+    with pytest.raises(FileNotFoundError, match="no-such: no such image folder"):
+        check([planted.file], tmp_path / "no-such")
     with pytest.raises(ValueError, match="given twice"):
         check([planted.file, planted.file], planted.image_root)
     with pytest.raises(ValueError, match="unknown template 'v2'"):
