@@ -175,8 +175,9 @@ def _kinds(file: FileReport) -> list[str]:
 def _source_rows(file: FileReport) -> list[list[str]]:
     """A table: what each source has, and its images' defects."""
     kinds = [kind for kind in _kinds(file) if kind.endswith("_image") or kind == "path_outside"]
+    names = [kind.removesuffix("_image") for kind in kinds]
     expected = file.release.counts if file.release else {}
-    rows = [["source", "records", *(["expected"] if expected else []), "bad", "images", *kinds]]
+    rows = [["source", "records", *(["expected"] if expected else []), "bad", "images", *names]]
     for source in sorted({*file.sources, *expected}):
         counts = file.sources.get(source, collections.Counter())
         row = [source, str(counts.get("records", 0))]

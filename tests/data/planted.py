@@ -156,19 +156,20 @@ def picture(form: str, dice: random.Random, **options: Any) -> bytes:
     return data.getvalue()
 
 
-def huge_png() -> bytes:
-    """A PNG of a few hundred bytes whose header claims 20000 x 20000 pixels."""
+def huge_png(side: int) -> bytes:
+    """A PNG of a few hundred bytes whose header claims side x side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(b"\0" * 60_001))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
 # --- Defects: each changes a site, or returns another entry, or the text of one -------------------
 
+HUGE = (10_100, 20_000)  # above the library's limit, and above Pillow's own
 BREAKAGES = ('{"id": tru}', '{id: "1"}', "", '{"id": "caf\udce9"}')
 
 
@@ -240,7 +241,7 @@ DEFECTS: dict[str, Callable[[Site], Any]] = {
     "missing_image": lambda site: setattr(site, "data", None),
     "unreadable_image": _unreadable,
     "zero_byte_image": lambda site: setattr(site, "data", b""),
-    "huge_image": lambda site: setattr(site, "data", huge_png()),
+    "huge_image": lambda site: setattr(site, "data", huge_png(site.dice.choice(HUGE))),
     "corrupt_image": _corrupt,
     "mistyped_image": lambda site: setattr(site, "data", picture("PNG", site.dice)),
     "animated_image": _animated,

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import pathlib
+import re
 import tracemalloc
 from typing import Any
 
@@ -194,6 +195,29 @@ def test_every_cut_is_an_error(tmp_path: pathlib.Path, cut: int) -> None:
     (tmp_path / "f").write_bytes(text[:-cut])
     with pytest.raises(RecordError, match="the file is cut off"):
         list(read_entries(tmp_path / "f"))
+
+
+@hypothesis.given(st.data(), st.booleans())
+def test_one_wrong_byte_costs_few_records(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, lines: bool
+) -> None:
+    """Wherever it is: an error about the file, or all records but those beside it, and one that is bad."""
+    objects = [{"id": str(i), "image": "x", "conversations": conversation("q", "a, { b")} for i in range(6)]
+    text = bytearray(("\n".join(map(json.dumps, objects)) if lines else json.dumps(objects)).encode())
+    at = data.draw(st.integers(1, len(text) - 1))
+    text[at : at + 1] = data.draw(
+        st.sampled_from([b"", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b"\xff", b"\n"])
+    )
+    path = tmp_path_factory.getbasetemp() / "wrong.json"
+    path.write_bytes(text)
+    try:
+        entries = list(read_entries(path))
+    except RecordError as error:
+        assert re.search(r"wrong\.json: (record \d+, line \d+, byte \d+|the file)", str(error))
+        return
+    lost = [i for i, one in enumerate(objects) if one not in [entry.value for entry in entries]]
+    assert len(lost) <= 2 and (not lost or lost[-1] - lost[0] == len(lost) - 1)
+    assert [entry.position.index for entry in entries] == list(range(len(entries)))
 
 
 def test_a_mistake_is_found_without_reading_to_the_end(
