@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from sg4v_jax.world import load_photos
 COMMANDS = [
     ["demo"],
     ["data", "build"],
+    ["data", "check"],
     ["data", "tokenizer"],
     ["data", "world"],
     ["train"],
@@ -121,6 +123,8 @@ TRAIN = ["train", "--workdir=w", "--config=configs/captioner.py:tiny"]
         (["caption", "--model=m", "--images=none.json", "--output=o"], "none.json"),
         (["convert", "--model=none", "--output=o"], "none is no model"),
         (["data", "build", "--name=x", "--json=none.json", "--images=.", "--output=o"], "none.json"),
+        (["data", "check", "--json=none.json", "--images=."], "none.json"),
+        (["data", "build", "--name=x", "--images=.", "--output=o", "--max-bad=1%"], "goes with bad_records"),
         (["data", "tokenizer", "--json", "none.json", "--vocab-size=400", "--output=o"], "none.json"),
         (["data", "world", "--output=o", "--train=0"], "0 training"),
     ],
@@ -314,3 +318,24 @@ def test_convert_and_chat(
     said = run("chat", "--model", converted, *chat)
     # An empty line starts over: the last answer is the first one again.
     assert said.startswith(answers[0]) and said.endswith(answers[0])
+
+
+def test_the_commands_of_the_data_page(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that need nothing but the library run as they are written, up to training."""
+    page = (pathlib.Path(__file__).parents[1] / "docs/data.md").read_text()
+    blocks = [block.split("```")[0].replace("\\\n", " ") for block in page.split("```bash\n")[1:]]
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert all(command[0] == "sg4v" for command in commands)
+    monkeypatch.chdir(tmp_path)
+    actions = []
+    for command in commands:
+        if command[1] == "data" and not any("gs://" in argument for argument in command):
+            main([*command[1:], *(["--workers=1"] if command[2] in ("check", "build") else [])])
+            actions.append(command[2])
+    assert actions[:4] == ["world", "tokenizer", "check", "build"]
+    assert {path.name for path in tmp_path.glob("datasets/llava/*/1.0.0")} == {"1.0.0"}
+    shown = capsys.readouterr().out
+    assert "passed: 0 of" in shown and "datasets/llava/sft/1.0.0: " in shown
+    assert (tmp_path / "report.html").exists() and (tmp_path / "report.json").exists()

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sg4v_jax import config as configs
 from sg4v_jax.convert.orbax import CHECKPOINTS, load_run, read_meta
-from sg4v_jax.data import build
+from sg4v_jax.data import build, defects
 from sg4v_jax.train import groups, metrics
 from sg4v_jax.train.loop import train
 from tests.conftest import TinyWorld
@@ -150,7 +150,7 @@ def test_bad_record_is_skipped_and_counted(
     (tmp_path / "records.json").write_text(json.dumps(records))
     # The build would refuse the image; a disk that fails later does not ask.
     with monkeypatch.context() as patch:
-        patch.setattr(build, "load_image", lambda data, name: None)
+        patch.setattr(defects, "inspect_image", lambda data, name, decode: [])
         dataset, report = build.build("bad", tmp_path / "records.json", images, tmp_path / "datasets")
     assert report.written == 3
     config = run_config("one sample a row", tiny_world)
