@@ -9,6 +9,11 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+try:  # Optional: decodes most JPEGs to the same bits in less time (tests/data/test_image.py).
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
 from sg4v_jax.models.config import CLIP_MEAN, CLIP_STD
 
 ASPECTS = ("square", "pad")
@@ -53,6 +58,10 @@ def load_image(
                     f"{name}: {width} x {height} is more than {max_pixels} pixels; make it smaller "
                     "or raise max_pixels"
                 )
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and not apply_exif_rotation:
+                pixels = _decode_jpeg(data)
+                if pixels is not None:
+                    return Image.fromarray(pixels)
             image.load()
             turned = ImageOps.exif_transpose(image) if apply_exif_rotation else image
             return _to_rgb(turned)
@@ -88,10 +97,7 @@ def preprocess(image: Image.Image, *, size: int, aspect: str) -> np.ndarray:
     width, height = image.size
     if image.mode != "RGB" or not width or not height:
         raise ImageError(f"expected RGB pixels, got mode {image.mode!r}, {width} x {height}")
-    if aspect == "pad":
-        _check_work((max(width, height),) * 2, image)
-        image = _expand_to_square(image)
-    return _resize_and_crop(image, size)
+    return _resize_padded(image, size) if aspect == "pad" else _resize_and_crop(image, size)
 
 
 def normalize_reference(pixels: np.ndarray) -> np.ndarray:
@@ -126,12 +132,39 @@ def _high_byte(values: np.ndarray) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _expand_to_square(image: Image.Image) -> Image.Image:
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """uint8[height, width, 3], or None where Pillow has to decide what is wrong, or what to do."""
+    if simplejpeg is None:
+        return None
+    try:
+        # Strict: what libjpeg only warns of, Pillow may refuse.
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
+    return pixels
+
+
+def _resize_padded(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes the image in the middle of a square; its rows first, and those of the padding not at all.
+
+    Resizing makes equal pixels of equal pixels, so the padding above and below may come later.
+    """
     width, height = image.size
     side = max(width, height)
-    square = Image.new("RGB", (side, side), _PAD_COLOR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    _check_work((side, side), image)
+    if width < height:
+        image = _paste(image, (side, side))
+    rows = image.resize((size, image.height), Image.Resampling.BICUBIC)
+    return np.array(_paste(rows, (size, side)).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _paste(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image in the middle of a canvas of the mean colour."""
+    if image.size == size:
+        return image
+    canvas = Image.new("RGB", size, _PAD_COLOR)
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -140,8 +173,14 @@ def _resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
     longer = int(size * max(width, height) / min(width, height))
     resized = (size, longer) if width <= height else (longer, size)
     _check_work(resized, image)
-    pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     top, left = (resized[1] - size) // 2, (resized[0] - size) // 2
+    if width > height:
+        # Rows, then columns: what one call does. In between, the columns that are cut off can go.
+        rows = image.resize((longer, height), Image.Resampling.BICUBIC)
+        image, left = rows.crop((left, 0, left + size, height)), 0
+        resized = (size, size)
+    # Not so for tall images: there Pillow 13 does columns first, earlier ones do rows first.
+    pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     # A copy, so that the cut-off rest is freed.
     return np.ascontiguousarray(pixels[top : top + size, left : left + size])
 

@@ -57,7 +57,7 @@ def contents(batch: Batch) -> list[dict[str, Any]]:
 @given(SAMPLES, st.booleans())
 def test_every_sample_comes_out_once_and_whole(shapes: list[tuple[int, int]], packing: bool) -> None:
     samples = make(shapes)
-    batch = packed(samples, length=LENGTH, slots=SLOTS, max_samples=None if packing else 1)
+    batch = packed(samples, length=LENGTH, slots=SLOTS, packing=packing)
     assert batch.tokens.shape[1:] == (LENGTH,)
     assert batch.images.shape[1:] == (SLOTS, SIZE, SIZE, 3)
     found = contents(batch)

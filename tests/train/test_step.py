@@ -183,7 +183,7 @@ def test_packed_samples_are_blind_to_each_other(record_property: Any) -> None:
     generator = np.random.default_rng(1)
     counts = ((1, 7), (0, 9), (2, 8), (1, 6))
     samples = [random_sample(CONFIG, generator, images, text) for images, text in counts]
-    alone = packed(samples, length=40, slots=2, max_samples=1)
+    alone = packed(samples, length=40, slots=2, packing=False)
     together = packed(samples, length=40, slots=2)
     assert together.segment_ids.max(axis=1).tolist() == [3, 1]
     # Empty rows, so that one program serves both.
