@@ -20,6 +20,8 @@ ASPECTS = ("square", "pad")
 _PAD_COLOR = (122, 116, 104)  # tuple(int(255 * x) for x in CLIP_MEAN), the colour of "nothing"
 # Padding or resizing a very long image can blow it up; Pillow takes 4 bytes a pixel.
 _MAX_WORK_PIXELS = 1 << 28
+# Above this Pillow warns of "decompression bombs", and later refuses.
+_MAX_FAST_PIXELS = 80_000_000
 
 
 class ImageError(ValueError):
@@ -50,6 +52,10 @@ def load_image(
     Raises:
         ImageError: not an image, cut off, damaged or too large.
     """
+    if not apply_exif_rotation:
+        pixels = _decode_jpeg(data, min(max_pixels, _MAX_FAST_PIXELS))
+        if pixels is not None:
+            return Image.fromarray(pixels)
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
@@ -58,10 +64,6 @@ def load_image(
                     f"{name}: {width} x {height} is more than {max_pixels} pixels; make it smaller "
                     "or raise max_pixels"
                 )
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and not apply_exif_rotation:
-                pixels = _decode_jpeg(data)
-                if pixels is not None:
-                    return Image.fromarray(pixels)
             image.load()
             turned = ImageOps.exif_transpose(image) if apply_exif_rotation else image
             return _to_rgb(turned)
@@ -132,11 +134,14 @@ def _high_byte(values: np.ndarray) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """uint8[height, width, 3], or None where Pillow has to decide what is wrong, or what to do."""
-    if simplejpeg is None:
+def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """uint8[height, width, 3]; None for all that Pillow has to look at, as it does without simplejpeg."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if width * height > max_pixels or colorspace not in ("YCbCr", "Gray", "RGB"):
+            return None
         # Strict: what libjpeg only warns of, Pillow may refuse.
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", strict=True)
     except ValueError:
@@ -155,7 +160,7 @@ def _resize_padded(image: Image.Image, size: int) -> np.ndarray:
     if width < height:
         image = _paste(image, (side, side))
     rows = image.resize((size, image.height), Image.Resampling.BICUBIC)
-    return np.array(_paste(rows, (size, side)).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(_paste(rows, (size, side)).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _paste(image: Image.Image, size: tuple[int, int]) -> Image.Image:

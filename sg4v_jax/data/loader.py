@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+import operator
 import os
 import signal
 import threading
@@ -216,7 +217,7 @@ class BatchIterator(grain.DatasetIterator):
             else:
                 self._dropped_in_a_row = 0
                 self._waiting.append(element)
-        row = packing.take_row(self._waiting, _size, **self._budgets)
+        row = packing.take_row(self._waiting, operator.itemgetter("size"), **self._budgets)
         for element in row:
             self._count(element, "used")
             if element["replaced"]:
@@ -269,12 +270,10 @@ class BatchIterator(grain.DatasetIterator):
     def _open(self) -> grain.DatasetIterator:
         """The elements from where the state says on."""
         config, state = self._config, self._state
-        positions = _Positions(state["leftover"], state["start"], self._shard, state["read"])
+        samples = _Elements(self._reader, state["leftover"], state["start"], self._shard, state["read"])
         buffer = max(2 * config.num_threads, 1)
-        elements = (
-            grain.MapDataset.source(positions)
-            .map(self._reader)
-            .to_iter_dataset(grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=buffer))
+        elements = grain.MapDataset.source(samples).to_iter_dataset(
+            grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=buffer)
         )
         if config.num_workers:
             if not flags.FLAGS.is_parsed():
@@ -288,18 +287,21 @@ class BatchIterator(grain.DatasetIterator):
         return iter(elements)
 
 
-class _Positions:
-    """Positions in the mixture that a process reads, from its `offset`-th on."""
+class _Elements:
+    """What a process reads, from its `offset`-th position on: a random-access source as Grain wants it."""
 
-    def __init__(self, leftover: Sequence[int], start: int, shard: tuple[int, int], offset: int):
-        self._leftover, self._start, self._shard, self._offset = list(leftover), start, shard, offset
+    def __init__(
+        self, reader: Reader, leftover: Sequence[int], start: int, shard: tuple[int, int], offset: int
+    ):
+        self._reader, self._leftover, self._start = reader, list(leftover), start
+        self._shard, self._offset = shard, offset
 
     def __len__(self) -> int:
         return 1 << 40
 
-    def __getitem__(self, i: int) -> int:
+    def __getitem__(self, i: int) -> Element:
         index, count = self._shard
-        return _position(self._leftover, self._start, index + (self._offset + i) * count)
+        return self._reader(_position(self._leftover, self._start, index + (self._offset + i) * count))
 
 
 class _Worker:
@@ -380,10 +382,6 @@ def _first_state(reader: Reader, shard: tuple[int, int]) -> dict[str, Any]:
 
 def _budgets(config: LoaderConfig) -> dict[str, int]:
     return {"length": config.form.length, "image_slots": config.form.image_slots}
-
-
-def _size(element: Element) -> tuple[int, int]:
-    return len(element["sample"]["tokens"]), len(element["sample"]["images"])
 
 
 def _same(size: tuple[int, int]) -> tuple[int, int]:

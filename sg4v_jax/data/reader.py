@@ -14,8 +14,8 @@ from sg4v_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# What a position holds: `position`, `source` and `replaced`; then `sample`, or for a record that can't
-# be used `dropped` (the reason it is counted as) and `error`.
+# What a position holds: `position`, `source` and `replaced`; then `sample` and its `size` (tokens, images),
+# or for a record that can't be used `dropped` (the reason it is counted as) and `error`.
 Element = dict[str, Any]
 
 
@@ -64,9 +64,10 @@ class Reader:
         try:
             record, images = self._read(place)
             form = self._forms[place.source]
-            return element | {"sample": make_sample(record, images, form, self._tokenizer)}
+            sample = make_sample(record, images, form, self._tokenizer)
         except (RecordError, ImageError) as error:
             return element | {"dropped": reason(error), "error": str(error)}
+        return element | {"sample": sample, "size": (len(sample["tokens"]), len(sample["images"]))}
 
     def size(self, position: int) -> tuple[int, int] | None:
         """(tokens, images) of the sample at a position, without decoding images; None for a bad record."""
