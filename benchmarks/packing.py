@@ -201,6 +201,11 @@ def stage(name: str, count: int, seed: int) -> dict[str, Fill]:
     sampler = "LLaVA, grouped by length" if grouped else "LLaVA, random order"
     shape = f"{data.seq_len} x {data.image_slots}"
     return {
+        f"one sample a row of {LONGEST}": Fill(
+            sum(size[0] for size in sizes) / (LONGEST * len(sizes)),
+            1 - sum(size[1] for size in sizes) / len(sizes),
+            1.0,
+        ),
         f"{sampler}, padded": padded(sizes, per_device, grouped, np.random.default_rng(seed)),
         f"Grain's best fit, {shape}": grains(sizes, data.seq_len, data.image_slots),
         f"ours, {shape}": ours(sizes, data.seq_len, data.image_slots, data.packing_window),
