@@ -24,6 +24,7 @@ COMMANDS = [
     ["data", "check"],
     ["data", "tokenizer"],
     ["data", "world"],
+    ["data", "show"],
     ["train"],
     ["caption"],
     ["chat"],
@@ -110,6 +111,9 @@ TRAIN = ["train", "--workdir=w", "--config=configs/captioner.py:tiny"]
         ([], "COMMAND"),
         (["data", "bild"], "invalid choice: 'bild'"),
         (["chat", "--model", "m", "--config=x"], "chat takes no --config"),
+        (["data", "world", "--output=o", "--config=x"], "data world takes no --config"),
+        (["data", "show"], "which config? Give --config=configs/NAME.py"),
+        (["data", "show", "--batch=-1", "--config=configs/captioner.py:tiny"], "--batch counts from 0"),
         (["train", "--workdir=w"], "which config? Give --config=configs/NAME.py"),
         (["train", "--workdir=w", "--config=configs/captoner.py"], "did you mean configs/captioner.py?"),
         (["train", "--workdir=w", "--config=configs/captioner.py:9b"], "size '9b' is not one of"),
@@ -187,12 +191,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     main(["data", "tokenizer", "--json", captions, f"--vocab-size={VOCAB}", "--output", tokenizer])
     images = ["--images", made / "world/images", "--output", made / "datasets"]
     main(["data", "build", "--name=caps", "--json", captions, *images])
-    data = [
-        f"--config.data.tokenizer={tokenizer}",
+    main(["train", "--workdir", made / "run", "--config=configs/captioner.py:tiny", *SMALL, *sources(made)])
+    return made
+
+
+def sources(made: Made) -> list[str]:
+    """What a config wants to know of the data."""
+    return [
+        f"--config.data.tokenizer={made / 'tokenizer.model'}",
         f"--config.data.sources.cap_dense.directory={made / 'datasets/llava/caps/1.0.0'}",
     ]
-    main(["train", "--workdir", made / "run", "--config=configs/captioner.py:tiny", *SMALL, *data])
-    return made
 
 
 @pytest.fixture
@@ -205,6 +213,17 @@ def run(made: Made, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return call
+
+
+@pytest.mark.slow
+def test_data_show(made: Made, run: Callable[..., str], tmp_path: pathlib.Path) -> None:
+    argv = ["data", "show", "--config=configs/captioner.py:tiny", *SMALL, *sources(made)]
+    shown = run(*argv, "--rows=1")
+    assert "row 0: " in shown and "row 1: " not in shown and "[image in slot 0]" in shown
+    assert run(*argv, "--rows=1", "--batch=1") != shown
+    page = tmp_path / "batch.html"
+    assert run(*argv, "--html", str(page)) == f"wrote {page}\n"
+    assert page.read_text().count("<section>") == 2 and list(tmp_path.iterdir()) == [page]
 
 
 @pytest.mark.slow

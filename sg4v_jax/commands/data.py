@@ -4,6 +4,7 @@ import argparse
 import os
 from typing import Any
 
+from sg4v_jax.commands import data_show
 from sg4v_jax.commands.common import HelpFormatter, add_command, progress_bar
 
 
@@ -11,6 +12,7 @@ def add(commands: Any) -> None:
     """Adds `data` and its actions to the commands."""
     data = commands.add_parser("data", help="Build datasets and tokenizers.", formatter_class=HelpFormatter)
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    data_show.add(actions)
     build = add_command(
         actions,
         "build",
