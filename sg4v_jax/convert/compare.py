@@ -117,8 +117,9 @@ def _logits(config: ModelConfig, params: dict) -> jax.Array:
     @jax.jit
     def run(params: dict, image: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, params)
+        ids = jnp.asarray(tokens)
         positions = jnp.arange(tokens.shape[1])[None]
-        hidden = model(tokens, positions, jnp.ones_like(tokens), image, index)
+        hidden = model(ids, positions, jnp.ones_like(ids), image, jnp.asarray(index))
         return model.text.logits(hidden[0, features:]).astype(jnp.float32)
 
     return run(params, image[None, None])
