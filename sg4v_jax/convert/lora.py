@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from sg4v_jax.convert import configs
-from sg4v_jax.convert.checkpoint import PARTS, Checkpoint, canonical
+from sg4v_jax.convert.checkpoint import PARTS, Checkpoint
 from sg4v_jax.convert.files import open_file, read_json
 from sg4v_jax.convert.names import canonical_name
-from sg4v_jax.convert.params import without_added_rows
+from sg4v_jax.convert.params import by_canonical_name, without_added_rows
 from sg4v_jax.convert.tensors import ConversionError, Tensor
 
 ADAPTER = "adapter_config.json"
@@ -65,7 +65,7 @@ def merge_lora(directory: pathlib.Path, base: Checkpoint) -> Checkpoint:
             replaced[name.replace(".modules_to_save.default.", ".")] = tensor
     if (directory / _TRAINABLES).is_file():
         replaced |= _unwrapped(directory / _TRAINABLES)
-    whole = canonical(replaced)
+    whole = by_canonical_name(replaced)
     if base.text is not None:
         whole = without_added_rows(whole, base.text.vocab_size)
     problems += _misplaced(whole, base)
