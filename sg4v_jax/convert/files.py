@@ -234,6 +234,11 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool) -> Iter
                 # A directory can't be swapped for another in one step: for a moment there is none.
                 target.rename(old)
             partial.rename(target)
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            # A write that fails, for want of room, doesn't say where.
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
