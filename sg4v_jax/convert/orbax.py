@@ -203,7 +203,9 @@ def _lazy_params(
     params = {}
     for path, group in groups:
         of_path = tuple(group)
-        layers = tuple(_as_layer(entry, shapes[path], tensors[entry.key]) for entry in of_path)
+        layers = tuple(
+            _as_layer(entry, shapes[path], tensors[entry.key].cast(dtypes[path])) for entry in of_path
+        )
         params[path] = _LazyParam(shapes[path], dtypes[path], of_path, layers, stream)
     return params
 
