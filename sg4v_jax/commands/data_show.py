@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     run_config = config.parse(config_argv)
     tokenizer = Tokenizer(required(run_config.data.tokenizer, "config.data.tokenizer"))
     model = model_config(run_config, tokenizer)
+    image_tokens = model.vision.num_image_tokens
     batches = iter(Loader(loader_config(run_config, model), tokenizer))
     for _ in range(arguments.batch):
         next(batches)
@@ -47,10 +48,12 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     batches.close()
     if not arguments.html:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(show.to_text(batch, tokenizer, rows=arguments.rows, colour=colour), end="")
+        print(show.to_text(batch, tokenizer, image_tokens, rows=arguments.rows, colour=colour), end="")
         return
     path = pathlib.Path(arguments.html)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(show.to_html(batch, tokenizer, f"{run_config.stage}, batch {arguments.batch}"))
+    temporary.write_text(
+        show.to_html(batch, tokenizer, image_tokens, f"{run_config.stage}, batch {arguments.batch}")
+    )
     os.replace(temporary, path)
     print(f"wrote {path}")

@@ -45,8 +45,8 @@ class Segment:
     supervised: int
 
 
-def segments(batch: Batch, row: int, tokenizer: Tokenizer) -> list[Segment]:
-    """The samples of a row, as they are trained on."""
+def segments(batch: Batch, row: int, tokenizer: Tokenizer, image_tokens: int) -> list[Segment]:
+    """The samples of a row, as they are trained on; an image has `image_tokens` positions."""
     arrays = {name: np.asarray(value)[row] for name, value in vars(batch).items()}
     found = []
     for number in range(1, int(arrays["segment_ids"].max()) + 1):
@@ -54,17 +54,17 @@ def segments(batch: Batch, row: int, tokenizer: Tokenizer) -> list[Segment]:
         weights = arrays["loss_weights"][at]
         # The weight of a position is on the token after it.
         supervised = np.append(False, weights[:-1] > 0)
-        slots = np.where(arrays["image_index"][at] >= 0, arrays["image_index"][at] // _features(batch), -1)
+        slots = np.where(arrays["image_index"][at] >= 0, arrays["image_index"][at] // image_tokens, -1)
         spans = tuple(_spans(arrays["tokens"][at].tolist(), supervised, slots, tokenizer))
         found.append(Segment(spans, int(at[0]), int(at[-1]) + 1, int((weights > 0).sum())))
     return found
 
 
-def to_text(batch: Batch, tokenizer: Tokenizer, *, rows: int, colour: bool) -> str:
+def to_text(batch: Batch, tokenizer: Tokenizer, image_tokens: int, *, rows: int, colour: bool) -> str:
     """The first `rows` rows for a terminal; without `colour`, supervised text stands between « and »."""
     parts = []
     for row in range(min(rows, len(batch.tokens))):
-        samples = segments(batch, row, tokenizer)
+        samples = segments(batch, row, tokenizer, image_tokens)
         parts.append(_headline(batch, row, samples) + "\n")
         images = np.asarray(batch.images)[row, : _images(samples)]
         parts.append(_side_by_side([_thumbnail_text(image, colour) for image in images]))
@@ -75,11 +75,11 @@ def to_text(batch: Batch, tokenizer: Tokenizer, *, rows: int, colour: bool) -> s
     return "".join(parts)
 
 
-def to_html(batch: Batch, tokenizer: Tokenizer, title: str) -> str:
+def to_html(batch: Batch, tokenizer: Tokenizer, image_tokens: int, title: str) -> str:
     """All rows as a page that needs no other file."""
     sections = []
     for row in range(len(batch.tokens)):
-        samples = segments(batch, row, tokenizer)
+        samples = segments(batch, row, tokenizer, image_tokens)
         slots, length = batch.images.shape[1], batch.tokens.shape[1]
         pictures = [
             _picture(np.asarray(batch.images)[row, slot], slot) if slot < _images(samples)
@@ -148,18 +148,6 @@ def _caption(number: int, sample: Segment) -> str:
 
 def _images(samples: list[Segment]) -> int:
     return sum(span.slot is not None for sample in samples for span in sample.spans)
-
-
-def _features(batch: Batch) -> int:
-    """Features per image. Each image has all of its placeholders."""
-    index, segment_ids = np.asarray(batch.image_index), np.asarray(batch.segment_ids)
-    runs = []
-    for row in range(len(index)):
-        at = np.flatnonzero(index[row] >= 0)
-        breaks = np.flatnonzero((np.diff(at) != 1) | (np.diff(segment_ids[row, at]) != 0)) + 1
-        runs += [len(run) for run in np.split(at, breaks) if len(run)]
-    # Images that directly follow each other make one run.
-    return int(np.gcd.reduce(runs)) if runs else 1
 
 
 # Terminal

@@ -42,7 +42,7 @@ def batch(small_tokenizer: Tokenizer) -> Batch:
 
 
 def test_spans_are_the_samples(batch: Batch, small_tokenizer: Tokenizer) -> None:
-    found = segments(batch, 0, small_tokenizer)
+    found = segments(batch, 0, small_tokenizer, FORM.image_tokens)
     assert [[span.slot for span in s.spans if span.slot is not None] for s in found] == [[0, 1], [], [2]]
     marked = ["".join(span.text for span in s.spans if span.supervised) for s in found]
     assert [text.replace("</s>", "|").replace(" ", "") for text in marked] == [
@@ -59,14 +59,14 @@ def test_spans_are_the_samples(batch: Batch, small_tokenizer: Tokenizer) -> None
 
 
 def test_terminal(batch: Batch, small_tokenizer: Tokenizer) -> None:
-    shown = to_text(batch, small_tokenizer, rows=1, colour=False)
+    shown = to_text(batch, small_tokenizer, FORM.image_tokens, rows=1, colour=False)
     used = int((batch.segment_ids[0] > 0).sum())
     assert f"row 0: {used} of 700 tokens ({used / 7:.1f} %), 3 of 3 images, 3 samples" in shown
     assert re.search(r"-- sample 1: positions 0 to \d+, slots 0, 1, \d+ supervised --", shown)
     assert re.search(r"-- sample 2: positions \d+ to \d+, no image, \d+ supervised --", shown)
     assert "« A cat sits.»" in shown or "«A cat sits.»" in shown
     assert "row 1" not in shown and "\x1b" not in shown
-    coloured = to_text(batch, small_tokenizer, rows=9, colour=True)
+    coloured = to_text(batch, small_tokenizer, FORM.image_tokens, rows=9, colour=True)
     assert "row 1" in coloured and "\x1b[38;2;200;10;10m" in coloured
     green = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", coloured)
     assert [text.strip() for text in green][:2] == ["Two dogs.", "</s>"]
@@ -74,7 +74,7 @@ def test_terminal(batch: Batch, small_tokenizer: Tokenizer) -> None:
 
 def test_data_steers_no_terminal(batch: Batch, small_tokenizer: Tokenizer) -> None:
     for colour in (False, True):
-        shown = to_text(batch, small_tokenizer, rows=2, colour=colour)
+        shown = to_text(batch, small_tokenizer, FORM.image_tokens, rows=2, colour=colour)
         assert "\x1b[2J" not in shown and "\u202e" not in shown
         assert "\\u001b[2J" in shown and "\\u202e" in shown
 
@@ -99,9 +99,9 @@ class Page(html.parser.HTMLParser):
 
 
 def test_page_is_whole_and_harmless(batch: Batch, small_tokenizer: Tokenizer) -> None:
-    page = Page(to_html(batch, small_tokenizer, "a <b> title"))
+    page = Page(to_html(batch, small_tokenizer, FORM.image_tokens, "a <b> title"))
     assert page.tags.count("section") == 2 and page.tags.count("article") == 4
     assert page.tags.count("img") == 4 and "script" not in page.tags
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     assert any("alert(1)" in text for text in page.marked)
-    assert "slot 1 empty" in to_html(batch, small_tokenizer, "t")
+    assert "slot 1 empty" in to_html(batch, small_tokenizer, FORM.image_tokens, "t")
