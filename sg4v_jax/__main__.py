@@ -13,7 +13,9 @@ ShareGPT4V on JAX: better captions make better multimodal models.
 
 the loop:
   sg4v demo                   everything below, small, on a world that ships with the library
+  sg4v data check             what is wrong with a data file and its images
   sg4v data build             LLaVA-format JSON + images -> a dataset
+  sg4v data show              a packed batch as a person would want to see it
   sg4v data show              a batch as training sees it
   sg4v train                  a captioner, pre-training, SFT: one --config each
   sg4v caption                a corpus of images -> captions, restartable
