@@ -22,6 +22,7 @@ COMMANDS = [
     ["data", "build"],
     ["data", "tokenizer"],
     ["data", "world"],
+    ["collect"],
     ["train"],
     ["caption"],
     ["chat"],
