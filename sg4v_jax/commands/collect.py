@@ -95,10 +95,11 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         summary = collection.write_outputs()
         print(_report(collection, summary))
     if stop.is_error:
-        raise ValueError(f"stopped: {stop.reason}. The same command goes on from here")
+        raise ValueError(f"stopped: {stop.reason}; the same command goes on from here")
     if stop.reason:
-        print(f"stopped: {stop.reason}. The same command goes on from here")
+        print(f"stopped: {stop.reason}")
     if summary.pending:
+        print(f"{summary.pending} images are still to be asked about; the same command does it")
         raise SystemExit(1)  # So that what comes next in a script doesn't take this for all.
 
 

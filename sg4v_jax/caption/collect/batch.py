@@ -46,7 +46,6 @@ def write_batch(
     """
     folder = collection.output / FOLDER
     folder.mkdir(exist_ok=True)
-    adopted = _adopt(collection, folder)
     shard = _Shard(collection, folder)
     written = []
     for item in progress(collection.todo()):
@@ -67,7 +66,7 @@ def write_batch(
         written.append(shard.close())
     else:
         shard.discard()
-    return adopted + written
+    return written
 
 
 def read_batch(collection: Collection, files: Sequence[str | os.PathLike[str]]) -> Counter[str]:
@@ -115,7 +114,10 @@ def forget_batch(collection: Collection, files: Sequence[str | os.PathLike[str]]
 
 
 class _Shard:
-    """A request file in the making. It takes its name when it is whole, then the ledger hears of it."""
+    """A request file in the making. It takes its name when it is whole, then the ledger hears of it.
+
+    After a kill in between, the same file is written again: the ledger gives it its number.
+    """
 
     def __init__(self, collection: Collection, folder: pathlib.Path):
         self._ledger = collection.ledger
@@ -142,22 +144,6 @@ class _Shard:
     def discard(self) -> None:
         self._file.close()
         self._temporary.unlink()
-
-
-def _adopt(collection: Collection, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Tells the ledger of a file that was finished just before a kill."""
-    adopted = []
-    for path in sorted(folder.glob("requests-*.jsonl")):
-        if path.name not in collection.ledger.batch_files:
-            costs = {}
-            for where, line in _lines(path):
-                item = _item(collection, line) if line else None
-                if line is None or item is None:
-                    raise ValueError(f"{where}: not a request about these images; move the file away")
-                costs[line["custom_id"]] = collection.ledger.max_cost(item, collection.settings.request)
-            collection.ledger.batch(path.name, costs)
-            adopted.append(path)
-    return adopted
 
 
 def _line(collection: Collection, item: Item) -> bytes:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from sg4v_jax.caption.collect.collection import Collection
 from sg4v_jax.caption.collect.endpoint import EndpointError
-from sg4v_jax.caption.collect.limits import Limiter, backoff
+from sg4v_jax.caption.collect.limits import Limiter, backoff, sleep
 from sg4v_jax.caption.collect.request import Completion, Item, body
 from sg4v_jax.caption.collect.scan import read_image
 from sg4v_jax.data.image import ImageError
@@ -80,8 +80,8 @@ class Collector:
         self._collection, self._endpoint, self._pace = collection, endpoint, pace
         self._ledger, self._progress = collection.ledger, progress
         self._request = collection.settings.request
-        self._limiter = Limiter(pace.rpm, pace.tpm, self._sleep)
         self._stopped, self._settled = asyncio.Event(), asyncio.Event()
+        self._limiter = Limiter(pace.rpm, pace.tpm, self._stopped)
         self._stop = Stop()
         self._in_flight = 0
         self._errors_in_a_row = 0
@@ -90,7 +90,10 @@ class Collector:
         """Asks about everything that is open. Requests under way are always waited for and recorded."""
         todo = iter(self._collection.todo())
         with self._signals():
-            await asyncio.gather(*(self._work(todo) for _ in range(self._pace.workers)))
+            workers = (self._work(todo) for _ in range(self._pace.workers))
+            ended = await asyncio.gather(*workers, return_exceptions=True)
+        for error in filter(None, ended):
+            raise error
         return self._stop
 
     def stop(self, reason: str, is_error: bool = False) -> None:
@@ -101,15 +104,24 @@ class Collector:
             self._settled.set()
 
     async def _work(self, todo: Iterator[Item]) -> None:
-        for item in todo:
-            while self._collection.is_open(item) and not self._stopped.is_set():
-                completion = await self._answer(item)
-                if completion is None:
-                    break
-                self._collection.record(item, completion)
-            if self._stopped.is_set():
+        try:
+            for item in todo:
+                await self._settle(item)
+                if self._stopped.is_set():
+                    return
+                self._progress(self._collection)
+        except BaseException as error:
+            # A full disk, say: the others put away what they have, and then it is raised.
+            self.stop(repr(error), is_error=True)
+            raise
+
+    async def _settle(self, item: Item) -> None:
+        """Asks until there is a caption, or there is nothing more to be done today."""
+        while self._collection.is_open(item) and not self._stopped.is_set():
+            completion = await self._answer(item)
+            if completion is None:
                 return
-            self._progress(self._collection)
+            self._collection.record(item, completion)
 
     async def _answer(self, item: Item) -> Completion | None:
         """An answer that is not on disk yet; None if there is none today."""
@@ -125,8 +137,7 @@ class Collector:
                 if error.kind != "transient" or self._stopped.is_set():
                     return None
                 if retry < self._pace.retries:
-                    # Whoever was told how long to wait waits so long and then a little, as all others do.
-                    await self._sleep((error.retry_after or 0.0) + backoff(retry, self._pace.backoff))
+                    await sleep(backoff(retry, self._pace.backoff), self._stopped)
         return None
 
     async def _ask(self, item: Item) -> Completion | None:
@@ -178,11 +189,6 @@ class Collector:
         self._errors_in_a_row += 1
         if self._errors_in_a_row >= self._pace.stop_after * self._pace.workers:
             self.stop(f"{self._errors_in_a_row} errors in a row, the last: {error}", is_error=True)
-
-    async def _sleep(self, seconds: float) -> None:
-        """Sleeps, unless the run stops."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopped.wait(), seconds)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

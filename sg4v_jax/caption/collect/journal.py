@@ -1,6 +1,7 @@
 """Append-only JSON lines that survive a kill, and a lock on the directory that holds them."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(byte offset, object) of every line. A last line that a kill cut off is cut away.
@@ -38,11 +39,21 @@ class Journal:
                 offset += len(line)
 
     def append(self, *entries: dict[str, Any]) -> int:
-        """Writes lines, and returns when they are on disk; gives the byte offset of the first."""
+        """Writes lines, and returns when they are on disk; gives the byte offset of the first.
+
+        Raises:
+          OSError: they could not be written; none of them is in the file.
+        """
+        data = b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries)
         offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(b"".join(json.dumps(e, ensure_ascii=False).encode() + b"\n" for e in entries))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self.path))
+            os.fsync(self._file.fileno())
+        except OSError:
+            # Whatever is appended later would become part of a broken line.
+            self._file.truncate(offset)
+            raise
         return offset
 
     def at(self, offset: int) -> dict[str, Any]:

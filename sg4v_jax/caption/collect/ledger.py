@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +82,7 @@ class Ledger:
         broken off on the way back.
       unconfirmed_cost: the most that they may have cost.
       verdicts: answers by verdict.
-      errors: errors by HTTP status.
+      errors: errors by HTTP status, or what came instead of one.
       batch_files: the batch files that were written.
     """
 
@@ -196,6 +197,7 @@ class Ledger:
             state.failed = False
 
     def _add(self, entry: dict[str, Any]) -> None:
+        entry["time"] = round(time.time(), 3)
         self._apply(entry, self.journal.append(entry))
 
     def _apply(self, entry: dict[str, Any], offset: int) -> None:
@@ -224,7 +226,8 @@ class Ledger:
                 self.unconfirmed_cost += cost
             state.failed = entry["kind"] == "permanent"
             state.reason, state.message = "error", entry["message"]
-            self.errors[f"HTTP {entry['status']}" if entry["status"] else "no answer"] += 1
+            names = {0: "no answer", 200: "unreadable answer"}
+            self.errors[names.get(entry["status"], f"HTTP {entry['status']}")] += 1
 
     def _apply_answer(self, state: ItemState, entry: dict[str, Any], offset: int) -> None:
         usage = entry["usage"]

@@ -1,10 +1,8 @@
 """How fast to ask: requests and tokens per minute, pauses that the endpoint asks for, backoff."""
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Awaitable, Callable
-
-Sleep = Callable[[float], Awaitable[None]]
 
 
 class TokenBucket:
@@ -40,23 +38,22 @@ class TokenBucket:
 class Limiter:
     """Both limits and the pauses, for all workers of one event loop, on that loop's clock."""
 
-    def __init__(self, requests_per_minute: float, tokens_per_minute: float, sleep: Sleep):
-        """`sleep` may return early; whoever uses the limiter then has other reasons to stop."""
+    def __init__(self, requests_per_minute: float, tokens_per_minute: float, stopped: asyncio.Event):
+        """0 is no limit. When `stopped` is set, nobody waits any longer."""
         self._now = asyncio.get_running_loop().time
         self._requests = TokenBucket(requests_per_minute, self._now())
         self._tokens = TokenBucket(tokens_per_minute, self._now())
         self._paused_until = self._now()
-        self._sleep = sleep
+        self._stopped = stopped
 
     async def acquire(self, tokens: int) -> None:
-        """Waits until a request of so many tokens may be sent."""
+        """Waits until a request of so many tokens may be sent, or all are stopped."""
         now = self._now()
         wait = max(self._requests.take(1, now), self._tokens.take(tokens, now))
-        if wait:
-            await self._sleep(wait)
+        await sleep(wait, self._stopped)
         # Somebody may have been told to wait meanwhile; that holds for all.
-        if (pause := self._paused_until - self._now()) > 0:
-            await self._sleep(pause * random.uniform(1.0, 1.1))
+        while (pause := self._paused_until - self._now()) > 0 and not self._stopped.is_set():
+            await sleep(pause + random.uniform(0.0, min(1.0, pause / 10)), self._stopped)
 
     def settle(self, taken: int, used: int) -> None:
         """Corrects what `acquire` took by what the answer really used."""
@@ -65,6 +62,13 @@ class Limiter:
     def pause(self, seconds: float) -> None:
         """Nobody asks for so long."""
         self._paused_until = max(self._paused_until, self._now() + seconds)
+
+
+async def sleep(seconds: float, stopped: asyncio.Event) -> None:
+    """Sleeps until `stopped` is set, at most so long."""
+    if seconds > 0:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopped.wait(), seconds)
 
 
 def backoff(retry: int, base: float, cap: float = 60.0) -> float:

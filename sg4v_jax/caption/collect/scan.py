@@ -4,10 +4,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sg4v_jax.caption.collect.journal import Journal
@@ -54,7 +53,7 @@ def scan(
       output: directory of the scan's own record.
       max_bytes: largest file that is used.
       max_bad: more images that can't be used than this are an error.
-      progress: wraps the iteration over chunks of `total` images in all.
+      progress: wraps the iteration over chunks of images.
 
     Raises:
       ImageError: too many images can't be used; the message has the first reasons.
@@ -65,7 +64,7 @@ def scan(
     bad: list[str] = []
     task = functools.partial(_scan_one, root=root, known=known, max_bytes=max_bytes)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for chunk in progress(_chunks(images)):
+        for chunk in progress([images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]):
             found = list(pool.map(task, chunk))
             journal.append(*(entry for _, entry in found if entry))
             scanned += [image for image, _ in found]
@@ -92,12 +91,6 @@ def read_image(root: str | os.PathLike[str], image: str, sha256: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ImageError(f"{image}: changed while it was used; run the command again")
     return data
-
-
-def _chunks(images: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    rest = iter(images)
-    while chunk := tuple(itertools.islice(rest, _CHUNK)):
-        yield chunk
 
 
 def _scan_one(

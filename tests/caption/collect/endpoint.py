@@ -121,6 +121,12 @@ def serve() -> Iterator[FaultyEndpoint]:
         def log_message(self, *_: object) -> None:
             pass
 
+        def do_GET(self) -> None:
+            endpoint.asked.append(
+                Asked(0.0, "", {}, {k.lower(): v for k, v in self.headers.items()}, self.path)
+            )
+            self.reply(200, b"{}")
+
         def do_POST(self) -> None:
             with endpoint.under_way():
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -165,7 +171,7 @@ def serve() -> Iterator[FaultyEndpoint]:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 self.connection.close()
             elif behaviour == "redirect":
-                self.reply(307, b"", {"Location": endpoint.url + "/elsewhere"})
+                self.reply(302, b"", {"Location": endpoint.url + "/elsewhere"})
             else:
                 status, _, how = behaviour.partition("-")
                 waits = {"date": self.date_time_string(time.time() + 1), "": "0.05"}

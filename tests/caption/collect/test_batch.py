@@ -111,7 +111,7 @@ def test_files_keep_to_their_size(images: Images, root: pathlib.Path, output: pa
 
 
 def test_killed_while_writing(images: Images, root: pathlib.Path, output: pathlib.Path) -> None:
-    """Half a file is written anew; a whole one that the ledger doesn't know is taken as it is."""
+    """Half a file, or a whole one that the ledger doesn't know, is written again as it was."""
     with opened(images, root, output) as collection:
         files = write_batch(collection, max_requests=10)
         ids = [json.loads(line)["custom_id"] for file in files for line in file.read_text().splitlines()]
@@ -146,6 +146,22 @@ def test_what_is_in_a_batch_is_not_asked_meanwhile(
         assert read_batch(collection, answers) == {"answers": 10}
         assert read_batch(collection, answers) == {"read before": 10}
         assert collection.ledger.spent == pytest.approx(spent * 34 / 24)
+
+
+def test_an_answer_that_comes_late_does_not_end_the_wait_for_a_new_batch(
+    images: Images, root: pathlib.Path, output: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    some = dict(list(images.items())[:1])
+    with opened(some, root, output) as collection:
+        files = write_batch(collection)
+        forget_batch(collection, files)
+        again = write_batch(collection)
+        may_cost = collection.ledger.open_cost
+        assert read_batch(collection, run_batch(files, tmp_path, {})) == {"answers": 1}
+        assert collection.ledger.open_cost == may_cost > 0
+        assert read_batch(collection, run_batch(again, tmp_path, {})) == {"answers": 1}
+        assert collection.ledger.open_cost == 0 and collection.ledger.spent > 0
+        assert collection.write_outputs().captioned == 1
 
 
 def test_an_old_error_file_does_not_end_the_wait_for_a_new_batch(

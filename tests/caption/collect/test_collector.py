@@ -199,6 +199,16 @@ def test_an_endpoint_that_only_fails_is_left_alone(
     assert collect(images, root, tmp_path / "out", endpoint.url)[0].captioned == len(images)
 
 
+def test_errors_between_answers_stop_nothing(
+    endpoint: FaultyEndpoint, images: Images, root: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    endpoint.faults = {sha256: ["500"] for sha256 in images.values()}
+    pace = Pace(workers=1, backoff=0.001, stop_after=2)
+    summary, stop, ledger = collect(images, root, tmp_path / "out", endpoint.url, pace=pace)
+    assert summary.captioned == len(images) and not stop.reason
+    assert ledger.errors == {"HTTP 500": len(images)}
+
+
 def test_servers_that_count_no_tokens(images: Images, root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     class Uncounted:
         async def complete(self, body: bytes) -> Completion:

@@ -71,11 +71,13 @@ def test_status_and_last_words(endpoint: FaultyEndpoint, images: Images, capsys:
     assert collect(endpoint) == 2
     shown = capsys.readouterr()
     assert "HTTP 401 (the key isn't accepted): fault 401, you sent Bearer [key]" in shown.err
-    assert "The same command goes on from here" in shown.err
+    assert "the same command goes on from here" in shown.err
     assert KEY not in shown.err + shown.out
     endpoint.faults.clear()
     assert collect(endpoint, "--price-in=10", "--price-out=30", "--budget=0.1") == 1
-    assert "the budget of $0.10 has no room for another request" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "stopped: the budget of $0.10 has no room for another request" in shown
+    assert "images are still to be asked about" in shown
     assert collect(endpoint, "--question=Describe.") == 0
     records = json.loads(pathlib.Path("out/captions.json").read_text())
     assert {record["conversations"][0]["value"] for record in records} == {"<image>\nDescribe."}

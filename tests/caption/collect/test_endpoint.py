@@ -59,7 +59,7 @@ def test_a_good_answer(endpoint: FaultyEndpoint) -> None:
         ("402", "stop", 402),
         ("403", "stop", 403),
         ("429-insufficient_quota", "stop", 429),
-        ("redirect", "stop", 307),
+        ("redirect", "stop", 302),
     ],
 )
 def test_kinds_of_errors(endpoint: FaultyEndpoint, fault: str, kind: str, status: int) -> None:

@@ -46,7 +46,7 @@ def test_a_pause_holds_for_all_and_for_those_who_wait_already() -> None:
     sent = []
 
     async def main() -> None:
-        limiter = Limiter(60, 0, asyncio.sleep)
+        limiter = Limiter(60, 0, asyncio.Event())
         clock = asyncio.get_running_loop()
 
         async def ask() -> None:
@@ -59,7 +59,29 @@ def test_a_pause_holds_for_all_and_for_those_who_wait_already() -> None:
 
     run(main())
     assert sent[:3] == [0.0, 1.0, 2.0]
-    assert all(52.0 <= time <= 57.1 for time in sent[3:])
+    assert all(52.0 <= time <= 53.0 for time in sent[3:])
+
+
+def test_a_pause_that_is_made_longer_and_one_that_ends_early() -> None:
+    sent = []
+
+    async def main() -> None:
+        stopped, clock = asyncio.Event(), asyncio.get_running_loop()
+        limiter = Limiter(0, 0, stopped)
+
+        async def ask() -> None:
+            await limiter.acquire(1)
+            sent.append(clock.time())
+
+        limiter.pause(10.0)
+        clock.call_at(5.0, limiter.pause, 10.0)
+        await ask()
+        limiter.pause(1000.0)
+        clock.call_at(100.0, stopped.set)
+        await ask()
+
+    run(main())
+    assert 15.0 <= sent[0] <= 16.0 and sent[1] == 100.0
 
 
 def test_backoff_grows_and_is_jittered() -> None:
