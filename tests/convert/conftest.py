@@ -10,9 +10,9 @@ TEXTS = ["What is this? A cat on a mat. USER: ASSISTANT: the curious user and th
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A SentencePiece model of `sources.VOCAB` pieces."""
+    """A SentencePiece model of `writers.VOCAB` pieces."""
     from sg4v_jax.data.tokenizer import train_tokenizer
-    from tests.convert.sources import VOCAB
+    from tests.convert.writers import VOCAB
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(TEXTS, path, VOCAB)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sg4v_jax.__main__ import main
-from tests.convert.sources import BF16, peer, state_of, write_hf, write_lora, write_original, write_parts
+from tests.convert.writers import peer, state_of, write_hf, write_lora, write_original, write_parts
 
 WEIGHTS = "model/model.safetensors"
 
@@ -81,7 +81,7 @@ def pickled(content: object) -> None:
 
 
 def cut_pickle() -> None:
-    pickled(state_of(peer(), BF16))
+    pickled(state_of(peer(), torch.bfloat16))
     cut("model/pytorch_model.bin")
 
 
@@ -116,19 +116,27 @@ def no_tower() -> None:
     shutil.rmtree("model")
     tokenizer = pathlib.Path("tokenizer.model")
     arguments = {"tower": pathlib.Path("tower"), "named": "Lin-Chen/tower"}
-    write_original(pathlib.Path("model"), state_of(peer(), BF16), peer().config, tokenizer, **arguments)
+    write_original(
+        pathlib.Path("model"), state_of(peer(), torch.bfloat16), peer().config, tokenizer, **arguments
+    )
 
 
 def parts() -> None:
     shutil.rmtree("model")
     root = pathlib.Path("parts")
-    write_parts(root, state_of(peer(), BF16), peer().config, pathlib.Path("tokenizer.model"), whole_clip=True)
+    write_parts(
+        root,
+        state_of(peer(), torch.bfloat16),
+        peer().config,
+        pathlib.Path("tokenizer.model"),
+        whole_clip=True,
+    )
     (root / "vicuna").rename("model")
 
 
 def adapter() -> None:
     pathlib.Path("model").rename("base")
-    state = state_of(peer(), BF16)
+    state = state_of(peer(), torch.bfloat16)
     write_lora(pathlib.Path("model"), state, pathlib.Path("base"), use_dora=True, init_lora_weights="pissa")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     factors = torch.load("model/adapter_model.bin")
@@ -187,7 +195,10 @@ def message(damage: Callable[[], object], arguments: list[str], tokenizer: pathl
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         shutil.copy(tokenizer, "tokenizer.model")
         write_hf(
-            pathlib.Path("model"), state_of(peer(), BF16), peer().config, pathlib.Path("tokenizer.model")
+            pathlib.Path("model"),
+            state_of(peer(), torch.bfloat16),
+            peer().config,
+            pathlib.Path("tokenizer.model"),
         )
         damage()
         there = sorted(os.listdir())
@@ -208,7 +219,7 @@ def listing(tokenizer: pathlib.Path) -> str:
 if __name__ == "__main__":
     from sg4v_jax.data.tokenizer import train_tokenizer
     from tests.convert.conftest import TEXTS
-    from tests.convert.sources import VOCAB
+    from tests.convert.writers import VOCAB
 
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(TEXTS, pathlib.Path(folder, "tokenizer.model"), VOCAB)

@@ -16,7 +16,7 @@ from sg4v_jax.convert.compare import compare, logits
 from sg4v_jax.convert.describe import as_text, describe
 from sg4v_jax.convert.load import convert, open_checkpoint
 from sg4v_jax.convert.tensors import in_memory
-from tests.convert.sources import ROWS, Source
+from tests.convert.writers import ROWS, Source
 
 HEAD, GATE = "language_model.lm_head.weight", "language_model.model.layers.1.mlp.gate_proj.weight"
 HUB, SHARE4V = "HF, names of the Hub", "share4v, tower by config.json"

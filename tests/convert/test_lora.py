@@ -14,8 +14,7 @@ import torch
 
 from sg4v_jax.convert.load import convert, load_model, open_checkpoint
 from sg4v_jax.convert.tensors import ConversionError
-from tests.convert.sources import (
-    F32,
+from tests.convert.writers import (
     ROWS,
     VOCAB,
     Source,
@@ -40,7 +39,7 @@ QUERY = "model.language_model.layers.0.self_attn.q_proj"
 def base(tokenizer_file: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
     """share4v in float32, so that nothing hides behind rounding."""
     root = tmp_path_factory.mktemp("base")
-    state = state_of(peer(), F32)
+    state = state_of(peer(), torch.float32)
     return write_original(
         root / "model", state, peer().config, tokenizer_file, tower=root / "tower", named="../tower"
     )
@@ -85,7 +84,7 @@ def test_weights_trained_whole(base: Source, tmp_path: pathlib.Path) -> None:
 
 def test_a_vocabulary_trained_whole(tokenizer_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """On an HF LLaVA it has the format's added rows, which no other format may get to see."""
-    state = state_of(peer(), F32)
+    state = state_of(peer(), torch.float32)
     source = write_hf(tmp_path / "hf", state, peer().config, tokenizer_file)
     names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
     saved = {name: torch.cat([2 * state[name], torch.ones(ROWS - VOCAB, 48)]) for name in names}
@@ -114,7 +113,7 @@ def test_tuned_tower_beside_the_adapter(base: Source, tmp_path: pathlib.Path) ->
 @pytest.mark.parametrize("layout", ["A", "B", "5"])
 def test_on_a_hugging_face_llava(layout: str, tokenizer_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """PEFT around transformers' own class; its adapters have no config.json."""
-    state = state_of(peer(), F32)
+    state = state_of(peer(), torch.float32)
     source = write_hf(tmp_path / "hf", state, peer().config, tokenizer_file)
     factors = write_lora(tmp_path / "lora", state, source.path, layout=layout, kind="safetensors")
     assert not (tmp_path / "lora/config.json").exists()
@@ -124,7 +123,9 @@ def test_on_a_hugging_face_llava(layout: str, tokenizer_file: pathlib.Path, tmp_
 
 def test_on_vicuna(tokenizer_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """LLaVA's recipe: the projector is beside the adapter, the tower is given."""
-    source = write_parts(tmp_path, state_of(peer(), F32), peer().config, tokenizer_file, whole_clip=False)
+    source = write_parts(
+        tmp_path, state_of(peer(), torch.float32), peer().config, tokenizer_file, whole_clip=False
+    )
     mine = {name: value for name, value in source.state.items() if "multi_modal_projector" in name}
     factors = write_lora(tmp_path / "lora", source.state, pathlib.Path("lmsys/vicuna"), trainables=mine)
     fields = json.loads((source.path / "config.json").read_text())
@@ -207,7 +208,7 @@ def test_every_misfit_is_named_in_one_error(base: Source, tmp_path: pathlib.Path
 
 def test_wrong_base(base: Source, tokenizer_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Another model's shapes; by config.json before any tensor is looked at, else by the factors."""
-    other = write_hf(tmp_path / "gqa", state_of(peer(True), F32), peer(True).config, tokenizer_file)
+    other = write_hf(tmp_path / "gqa", state_of(peer(True), torch.float32), peer(True).config, tokenizer_file)
     write_lora(tmp_path / "lora", base.state, base.path)
     with pytest.raises(ConversionError, match=r"can't be merged with .*gqa") as caught:
         open_checkpoint(tmp_path / "lora", base=other.path)

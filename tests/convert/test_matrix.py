@@ -19,10 +19,10 @@ from sg4v_jax.convert.companions import chat_template
 from sg4v_jax.convert.load import convert, load_model, open_checkpoint
 from sg4v_jax.convert.params import from_params
 from sg4v_jax.data.conversation import get_template
-from tests.convert.sources import (
+from tests.convert.sources import SOURCES
+from tests.convert.writers import (
     CHAT_TEMPLATE,
     GENERATION,
-    SOURCES,
     VOCAB,
     Source,
     as_arrays,

@@ -20,7 +20,7 @@ from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from sg4v_jax.models.sharegpt4v import abstract_model, resplit_vision
 from tests.convert.models import load, save
-from tests.convert.sources import renamed
+from tests.convert.writers import renamed
 from tests.torch_llava import PADDED_VOCAB, VOCAB, arrays, llava_config, llava_model
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
 
 from sg4v_jax.convert.compare import compare
 from sg4v_jax.convert.huggingface import read_config
@@ -17,7 +18,7 @@ from sg4v_jax.convert.load import convert, open_checkpoint
 from sg4v_jax.convert.orbax import read_meta
 from sg4v_jax.convert.params import to_params
 from sg4v_jax.models.sharegpt4v import resplit_vision
-from tests.convert.sources import BF16, Source, as_arrays, peer, save_run, state_of, write_hf
+from tests.convert.writers import Source, as_arrays, peer, save_run, state_of, write_hf
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 TOWER = "vision_tower.vision_model."
@@ -27,7 +28,7 @@ TOWER = "vision_tower.vision_model."
 def origin(tokenizer_file: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
     """What training starts from, in bfloat16 like the published ones."""
     directory = tmp_path_factory.mktemp("origin")
-    return write_hf(directory, state_of(peer(), BF16), peer().config, tokenizer_file)
+    return write_hf(directory, state_of(peer(), torch.bfloat16), peer().config, tokenizer_file)
 
 
 def trained(origin: Source, directory: pathlib.Path, tuned_from: int, *, step: int = 7) -> None:

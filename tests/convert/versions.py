@@ -85,7 +85,7 @@ def make(directory: str) -> dict[str, Any]:
     from sg4v_jax.convert.load import convert, open_checkpoint
     from sg4v_jax.data.tokenizer import train_tokenizer
     from tests.convert.conftest import TEXTS
-    from tests.convert.sources import VOCAB, peer, state_of, write_original
+    from tests.convert.writers import VOCAB, peer, state_of, write_original
 
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
