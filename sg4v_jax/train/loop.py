@@ -79,7 +79,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     if loader.skipped.total:
         log.warning("skipped records: %s", json.dumps(loader.skipped.summary()))
     if preempted:
-        log.warning("told to stop: saved step %d of %d; the same command goes on from it", step + 1, num_steps)
+        log.warning(
+            "told to stop: saved step %d of %d; the same command goes on from it", step + 1, num_steps
+        )
         raise Preempted
     return recorder.latest
 

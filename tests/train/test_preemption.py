@@ -21,9 +21,7 @@ TOLD_IN = 3
 
 
 @pytest.mark.slow
-def test_told_to_stop(
-    tiny_world: TinyWorld, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_told_to_stop(tiny_world: TinyWorld, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config("packed, two threads", tiny_world)
     with config.unlocked():
         config.checkpoint.every = 1000
