@@ -7,12 +7,12 @@ import time
 
 from launch import gcloud
 from launch.config import PREEMPTED, Launch
-from launch.gcloud import Runner
+from launch.gcloud import GcloudError, Runner
 
 # The workers' side (launch/worker.py), relative to home.
 WORKER = ("python3", "sg4v/worker.py")
-# Connections in a row that brought nothing; gcloud has tried each ten times.
-RECONNECTS = 5
+# How long a worker may stay out of reach; the job may well be running on.
+UNREACHED_SECONDS = 1800.0
 # How long the others may run on after one worker has failed: JAX notices within two minutes.
 STRAGGLE_SECONDS = 300.0
 
@@ -98,19 +98,26 @@ class _Slice(threading.Thread):
         return f"s{self.index}w{worker}" if self.launch.slices > 1 else f"w{worker}"
 
     def run(self) -> None:
-        idle = 0
-        while not self.closed and len(self.exits) < len(self.told) and idle < RECONNECTS:
+        heard = time.monotonic()
+        while not self.closed and len(self.exits) < len(self.told):
             before = dict(self.told)
             self._read()
             if self.runner.dry_run or not self.to_the_end:
                 return
             if self.closed or len(self.exits) == len(self.told):
                 return
-            idle = 0 if self.told != before else idle + 1
-            if self.runner.state(self.launch)[0] != "ACTIVE":
+            heard = time.monotonic() if self.told != before else heard
+            if time.monotonic() - heard > UNREACHED_SECONDS or not self._there():
                 return
             self.runner.echo(f"(connection to {self.launch.nodes[self.index]} lost; connecting again)")
-            time.sleep(min(5.0, self.launch.poll_seconds))
+            time.sleep(min(30.0, self.launch.poll_seconds))
+
+    def _there(self) -> bool:
+        """Whether the slice is, as far as can be told: a connection is lost here as well as there."""
+        try:
+            return self.runner.state(self.launch)[0] == "ACTIVE"
+        except GcloudError:
+            return True
 
     def close(self) -> None:
         """Ends the connection, not the job."""

@@ -4,8 +4,9 @@ import json
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 from launch.config import Launch
 
@@ -71,6 +72,13 @@ def _place(launch: Launch) -> list[str]:
     return [f"--zone={launch.zone}", *project]
 
 
+def _pass_on(stream: IO[str], said: list[str]) -> None:
+    """What a command has to say, at once, and kept."""
+    for line in stream:
+        sys.stderr.write(line)
+        said.append(line.strip())
+
+
 class Runner:
     """Runs commands, or with `dry_run` prints what it would run, quoted for a shell."""
 
@@ -87,14 +95,21 @@ class Runner:
             self.echo(shlex.join(argv))
             return ""
         try:
-            done = subprocess.run(argv, capture_output=True, text=True)
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
         except FileNotFoundError as error:
             raise GcloudError(f"{argv[0]} is not installed: docs/launch.md, 'Once'") from error
-        sys.stderr.write(done.stderr)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["(it said nothing)"])[-1]
-            raise GcloudError(f"exit code {done.returncode} of: {shlex.join(argv)}\n{last}")
-        return done.stdout
+        said: list[str] = []
+        reader = threading.Thread(target=_pass_on, args=(process.stderr, said), daemon=True)
+        reader.start()
+        assert process.stdout is not None
+        output = process.stdout.read()
+        reader.join()
+        if process.wait():
+            last = (said or ["(it said nothing)"])[-1]
+            raise GcloudError(f"exit code {process.returncode} of: {shlex.join(argv)}\n{last}")
+        return output
 
     def note(self, text: str) -> None:
         """Something for people; among printed commands a comment."""

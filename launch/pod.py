@@ -122,7 +122,7 @@ class Pod:
                     failures, furthest = 0, reached
                 if failures >= self.launch.max_failures:
                     raise PodError(f"{failures} failures since step {max(furthest, 0)} was saved; giving up")
-                self.stop(grace=0.0)  # Of what may be left from before.
+                self.stop()  # What may be left from before: of a babysitter that was interrupted, too.
                 self.runner.note(f"starting from step {max(reached, 0)}, failures so far: {failures}")
                 outcome = self.follow(self.start())
                 if outcome.done:
@@ -133,7 +133,7 @@ class Pod:
                 if failures >= self.launch.max_failures:
                     raise
             failures += 1
-            time.sleep(self.launch.poll_seconds)
+            time.sleep(self.launch.poll_seconds * 2 ** (failures - 1))
         if self.runner.dry_run:
             self.runner.note("after a preemption the same again, from the start, and before it")
             self.delete()
@@ -141,7 +141,8 @@ class Pod:
 
     def _have(self) -> None:
         """A pod that is ready, whatever there is now."""
-        state = self.runner.state(self.launch)[0]
+        while (state := self.runner.state(self.launch)[0]) == "DELETING":
+            time.sleep(self.launch.poll_seconds)
         if state in ("FAILED", *_GONE):
             self.delete()
         if self.runner.dry_run or state in ("FAILED", "ABSENT", *_GONE):

@@ -39,8 +39,9 @@ def base(stage: str, size: str) -> ConfigDict:
     config.env = ConfigDict()
 
     config.wait = ConfigDict({"poll_seconds": 30.0, "timeout_hours": 24.0})
-    # Failures in a row that got no further than the checkpoint they began at.
-    config.babysit = ConfigDict({"max_failures": 3})
+    # Failures in a row that got no further than the checkpoint they began at; between them it waits
+    # for poll_seconds, then twice that, and so on.
+    config.babysit = ConfigDict({"max_failures": 5})
     config.gke = ConfigDict(
         {
             "image": "",

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -238,7 +239,7 @@ def test_the_worker_that_vanishes_under_a_job(
 
     def vanish() -> None:
         while not workdir.exists():
-            pass
+            time.sleep(0.02)
         with cloud.resource("pod") as resource:
             cloud.become(resource, "SUSPENDED")
 

@@ -21,8 +21,8 @@ from tests.launch.conftest import make_launch
 from tests.launch.fake import gcloud as fake
 from tests.train.test_resume import logged
 
-# The notice takes up to two seconds to go round, in which a fast machine makes a hundred steps.
-STEPS, PREEMPTED_AFTER = 300, 8
+# The notice takes up to two seconds to go round: the run must last longer than that from there on.
+STEPS, PREEMPTED_AFTER, STEP_SECONDS = 60, 4, 0.07
 # Widths of the model and lengths of the rows: as small as they go.
 SMALL = {
     **{f"model.{part}.{name}": value for part in ("vision", "text") for name, value in {
@@ -62,6 +62,7 @@ def test_preempted_pretraining_ends_with_the_same_bits(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FAKE_STEP_SECONDS", str(STEP_SECONDS))
     # Six processes compile the same small programs.
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # Undisturbed: two slices of one host each, step by step.

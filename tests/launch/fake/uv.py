@@ -7,6 +7,20 @@ import sys
 import tarfile
 import urllib.parse
 
+# Steps take as long as the test says: a real model's are longer than it takes a notice to go round.
+MAIN = """\
+import os, time
+from sg4v_jax.__main__ import main
+if "FAKE_STEP_SECONDS" in os.environ:
+    from sg4v_jax.train import loop
+    to_devices = loop.to_devices
+    def slowly(*arguments):
+        time.sleep(float(os.environ["FAKE_STEP_SECONDS"]))
+        return to_devices(*arguments)
+    loop.to_devices = slowly
+main()
+"""
+
 
 def main(argv: list[str]) -> None:
     python = os.environ["FAKE_PYTHON"]
@@ -37,7 +51,8 @@ def install(venv: pathlib.Path, url: urllib.parse.ParseResult, python: str) -> N
         sys.exit(f"uv: {url.path} is no source tree")
     # Where setup.py puts them.
     (tree / "sg4v_jax" / "configs").symlink_to(tree / "configs")
-    script(venv / "bin" / "sg4v", f'PYTHONPATH={tree} exec {python} -m sg4v_jax "$@"')
+    (venv / "main.py").write_text(MAIN)
+    script(venv / "bin" / "sg4v", f'PYTHONPATH={tree} exec {python} {venv}/main.py "$@"')
 
 
 def script(path: pathlib.Path, text: str) -> None:
