@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict, config_dict
 
-# Pre-training in bfloat16 with float32 masters; docs/pod.md says what fits where.
+# Where to start from; nothing here checks what fits.
 SLICES = {"7b": "v5e-64", "13b": "v5e-256"}
 
 
