@@ -13,7 +13,10 @@ ShareGPT4V on JAX: better captions make better multimodal models.
 
 the loop:
   sg4v demo                   everything below, small, on a world that ships with the library
+  sg4v data check             what is wrong with a data file and its images
   sg4v data build             LLaVA-format JSON + images -> a dataset
+  sg4v data show              a packed batch as a person would want to see it
+  sg4v data show              a batch as training sees it
   sg4v train                  a captioner, pre-training, SFT: one --config each
   sg4v caption                a corpus of images -> captions, restartable
   sg4v chat                   talk about an image
@@ -33,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for module in (demo, data, train, caption, chat, evaluate, convert):
         module.add(commands)
     arguments = parser.parse_args(own)
-    if config_argv and arguments.command != "train":
-        parser.error(f"{arguments.command} takes no --config")
+    if config_argv and not arguments.takes_config:
+        parser.error(f"{_name(arguments)} takes no --config")
     _quiet()
     try:
         arguments.run(arguments, config_argv)
@@ -42,8 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Errors of this library name the file, record or key and the fix; a traceback adds nothing.
         if arguments.debug:
             raise
-        print(f"sg4v {arguments.command}: error: {error}", file=sys.stderr)
+        print(f"sg4v {_name(arguments)}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    """As it was typed: `train`, `data build`."""
+    return " ".join(filter(None, [arguments.command, getattr(arguments, "action", None)]))
 
 
 def _quiet() -> None:

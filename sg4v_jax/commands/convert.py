@@ -45,9 +45,9 @@ def add(commands: Any) -> None:
         "info",
         run_info,
         "Says what a model directory holds, without reading the weights.",
-        "  sg4v info --model runs/sft",
+        "  sg4v info runs/sft",
     )
-    info.add_argument("--model", required=True, help=f"{_SOURCES}, CLIP directory or projector file")
+    info.add_argument("model", metavar="DIR", help=f"{_SOURCES}, CLIP directory or projector file")
     info.add_argument("--base", help="what a LoRA was trained on top of")
     info.add_argument("--json", action="store_true", help="for programs to read")
 

@@ -20,8 +20,10 @@ from sg4v_jax.models.config import ModelConfig, VisionConfig
 from sg4v_jax.models.sharegpt4v import init_params
 
 FORMATS = ("hf", "share4v", "run")
-# No format but a run says how a model was trained to be prompted; a small file of our own does.
+# No format but a run says how a model was trained to be prompted; a small file of our own does. What
+# the format's own files say is left to them, for people edit those.
 USAGE = "sg4v.json"
+_IN_FORMAT = {"hf": {"aspect", "chat_template", "generation"}, "share4v": {"aspect", "generation"}}
 RANDOM = "random"
 
 
@@ -99,7 +101,7 @@ def _part(name: str, source: str | os.PathLike[str], checkpoint: Checkpoint) -> 
 
 
 def _with_usage(checkpoint: Checkpoint) -> Checkpoint:
-    """Adds what `sg4v.json` says, which counts more than what the format's own files do."""
+    """Adds what `sg4v.json` says."""
     usage = checkpoint.usage
     if (checkpoint.path / USAGE).is_file():
         known = {field.name for field in dataclasses.fields(Usage)}
@@ -187,6 +189,9 @@ def convert(
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     checkpoint = checkpoint.checked()
+    if checkpoint.tokenizer_file is None and (checkpoint.path / "tokenizer.json").is_file():
+        problem = "has tokenizer.json but no tokenizer.model, which transformers 5 does not save"
+        raise ConversionError([f"{checkpoint.path} {problem}; copy that of the model it came from there"])
     if checkpoint.usage.history.get("step") and checkpoint.layout == "run":
         dtype = dtype or "bfloat16"
     if dtype:
@@ -202,7 +207,9 @@ def convert(
         else:
             orbax.write_run(partial, checkpoint, stream)
         if layout != "run":
-            write_json(partial / USAGE, dataclasses.asdict(checkpoint.usage))
+            usage = dataclasses.asdict(checkpoint.usage)
+            said = {key: value for key, value in usage.items() if key not in _IN_FORMAT[layout]}
+            write_json(partial / USAGE, said)
         stream.finish()
 
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
-from sg4v_jax.convert.tensors import ConversionError, Tensor
+from sg4v_jax.convert.tensors import ConversionError, Tensor, contiguous
 
 # The format's dtypes that fill whole bytes.
 _DTYPES = {
@@ -48,7 +48,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # the official reader's limit
 _MAX_DIMS, _MAX_SIZE = 64, 2**63 - 1  # NumPy's limits
-_CHUNK = 1 << 24
+_CHUNK = 1 << 23
 
 
 def shown(value: object) -> str:
@@ -118,7 +118,7 @@ class WeightFile:
             problem = f"expected at bytes {offset} to {end}, found a file of {self.size}"
             raise ConversionError([f"{self.path}: {shown(name)}: {problem}"])
         array = np.empty(shape, dtype)
-        rest = memoryview(array.reshape(-1).view(np.uint8))
+        rest = array.reshape(-1).view(np.uint8).data
         try:
             with open(self.path, "rb", buffering=0) as file:
                 stat = os.fstat(file.fileno())
@@ -246,7 +246,7 @@ def _misplaced(entries: Mapping[str, _Entry], size: int, *, complete: bool) -> I
     if position > size:
         lost = [shown(name) for name, entry in entries.items() if entry.end > size]
         names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        yield f"is cut short: {position - size} bytes are missing, of {names}; fetch it again"
+        yield f"cut short: {position - size} bytes are missing, of {names}; fetch it again"
     elif position < size and complete:
         yield f"the {size - position} bytes after the last tensor belong to none"
 
@@ -292,8 +292,7 @@ def write_safetensors(
             found = "none" if array is None else f"{array.dtype} {array.shape}"
             if array is None or (array.shape, array.dtype) != (shape, dtype):
                 raise ConversionError([f"{path}: {shown(name)}: expected {dtype} {shape}, found {found}"])
-            for chunk in _contiguous(array):
-                file.write(chunk)
+            file.writelines(_contiguous(array))
             del array
         if next(remaining, None) is not None:
             raise ConversionError([f"{path}: expected {len(specs)} tensors, found more"])
@@ -302,27 +301,8 @@ def write_safetensors(
 def _contiguous(array: np.ndarray) -> Iterator[memoryview]:
     """The bytes of an array in C order; of one that lies otherwise, a part at a time is copied."""
     if array.flags.c_contiguous or array.nbytes <= _CHUNK:
-        yield memoryview(contiguous(array).reshape(-1).view(np.uint8))
+        yield contiguous(array).reshape(-1).view(np.uint8).data
     else:
         step = max(1, _CHUNK * len(array) // array.nbytes)
         for row in range(0, len(array), step):
             yield from _contiguous(array[row : row + step] if len(array) > 1 else array[0])
-
-
-def contiguous(array: np.ndarray) -> np.ndarray:
-    """An array in C order: itself if it is, or else a copy.
-
-    Transposed matrices, which is what our kernels are to a file, are copied in narrow tiles. NumPy
-    goes along whole columns, which have left the cache when the next one needs the same lines, and
-    takes several times as long.
-    """
-    if array.flags.c_contiguous:
-        return array
-    if array.ndim < 2 or array.strides[-1] == array.itemsize:
-        return array.copy(order="C")
-    copy = np.empty(array.shape, array.dtype)
-    for row in range(0, array.shape[0], 1024):
-        for column in range(0, array.shape[-1], 8):
-            tile = np.s_[row : row + 1024, ..., column : column + 8]
-            copy[tile] = array[tile]
-    return copy

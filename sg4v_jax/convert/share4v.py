@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sg4v_jax.convert import companions, configs
-from sg4v_jax.convert.checkpoint import PARTS, Checkpoint, Usage, canonical
+from sg4v_jax.convert.checkpoint import PARTS, Checkpoint, Usage
 from sg4v_jax.convert.files import (
     MAX_SHARD_BYTES,
     Stream,
@@ -23,6 +23,7 @@ from sg4v_jax.convert.files import (
     write_tensors,
 )
 from sg4v_jax.convert.names import entries, share4v_name
+from sg4v_jax.convert.params import by_canonical_name
 from sg4v_jax.convert.tensors import ConversionError, Tensor
 from sg4v_jax.data.image import ASPECTS
 from sg4v_jax.models.config import ModelConfig, VisionConfig
@@ -48,7 +49,7 @@ def open_share4v(directory: pathlib.Path) -> Checkpoint:
     fields = read_json(directory / "config.json")
     if not has_weights(directory) and (directory / PROJECTOR_FILE).is_file():
         return open_projector(directory / PROJECTOR_FILE)
-    tensors = canonical(open_tensors(directory))
+    tensors = by_canonical_name(open_tensors(directory))
     has_projector = any(key.startswith(PARTS["projector"]) for key in tensors)
     inside = {key: tensor for key, tensor in tensors.items() if key.startswith(PARTS["vision"])}
     checkpoint = Checkpoint(
@@ -107,7 +108,7 @@ def open_tower(directory: pathlib.Path) -> Checkpoint:
       ConversionError: see `open_share4v`.
     """
     vision = configs.read_vision(read_json(directory / "config.json"))
-    tensors = canonical(open_tensors(directory)) if has_weights(directory) else {}
+    tensors = by_canonical_name(open_tensors(directory)) if has_weights(directory) else {}
     return Checkpoint(directory, "clip", tensors, vision=vision)
 
 
@@ -117,7 +118,7 @@ def open_projector(path: pathlib.Path) -> Checkpoint:
     Raises:
       ConversionError: it can't be read, or holds something else.
     """
-    tensors = canonical(open_file(path))
+    tensors = by_canonical_name(open_file(path))
     others = [tensor.name for key, tensor in tensors.items() if not key.startswith(PARTS["projector"])]
     if others or not tensors:
         raise ConversionError([f"{path} is no projector: it has {', '.join(others[:3]) or 'no tensors'}"])

@@ -18,8 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sg4v_jax.convert.safetensors_file import WeightFile, contiguous, is_shape, is_too_large, shown
-from sg4v_jax.convert.tensors import ConversionError, Tensor
+from sg4v_jax.convert.safetensors_file import WeightFile, is_shape, is_too_large, shown
+from sg4v_jax.convert.tensors import ConversionError, Tensor, contiguous
 
 # The largest models' are below 1 MiB. It bounds what a hostile one makes of memory: 100 times as much.
 _MAX_PICKLE = 1 << 24
@@ -36,7 +36,7 @@ class _Function:
 
 @dataclasses.dataclass(frozen=True)
 class _StorageType:
-    dtype: np.dtype | None  # None: bytes
+    dtype: np.dtype | None  # None: of bytes, whose tensors say their dtype themselves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +194,10 @@ def _interpret(program: bytes, where: str) -> object:
             position = at or 0
             machine.step(opcode.name, argument)
         (content,) = machine.stack
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        problem = f"damaged or no state dict, at byte {position}: {error}"
-        raise ConversionError([f"{where}: {problem}"]) from error
+    except (IndexError, KeyError) as error:
+        raise ConversionError([f"{where} at byte {position}: damaged: it uses what isn't there"]) from error
+    except ValueError as error:
+        raise ConversionError([f"{where} at byte {position}: {error}"]) from error
     return content
 
 
@@ -218,29 +219,31 @@ class _Machine:
                 self.stack = []
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
-            case "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "FLOAT" | "BINFLOAT":
+            case "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "BINFLOAT":
                 stack.append(argument)
-            case "UNICODE" | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
+            case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
                 stack.append(argument)
             case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
                 stack.append({"DICT": {}, "LIST": [], "TUPLE": ()}[opcode[6:]])
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(reversed([stack.pop() for _ in range(int(opcode[-1]))])))
-            case "TUPLE" | "LIST" | "DICT" | "APPENDS" | "SETITEMS":
+            case "TUPLE" | "APPENDS" | "SETITEMS":
                 self.stack = self._below_marks.pop()
                 self._collect(opcode, stack)
-            case "APPEND" | "SETITEM":
-                items = [stack.pop() for _ in range(1 if opcode == "APPEND" else 2)]
-                self._collect(opcode + "S", items[::-1])
-            case "GET" | "BINGET" | "LONG_BINGET":
+            case "APPEND":
+                self._collect("APPENDS", [stack.pop()])
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self._collect("SETITEMS", [key, value])
+            case "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
-            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 self._memo[len(self._memo) if opcode == "MEMOIZE" else argument] = stack[-1]
             case "GLOBAL":
                 stack.append(_find(argument))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_find(f"{module} {name}" if isinstance(module, str) else ""))
+                stack.append(_find(f"{_expect(str, module)} {_expect(str, name)}"))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
@@ -254,16 +257,14 @@ class _Machine:
                 raise ValueError(f"no state dict has the opcode {opcode}")
 
     def _collect(self, opcode: str, items: list[Any]) -> None:
-        if opcode in ("TUPLE", "LIST"):
-            self.stack.append(tuple(items) if opcode == "TUPLE" else items)
+        if opcode == "TUPLE":
+            self.stack.append(tuple(items))
         elif opcode == "APPENDS":
             _expect(list, self.stack[-1]).extend(items)
         else:
-            if opcode == "DICT":
-                self.stack.append({})
             target = _expect(dict, self.stack[-1])
             for key, value in zip(items[::2], items[1::2], strict=True):
-                # Other keys can take forever to hash.
+                # Tuples of tuples of tuples can take forever to hash.
                 if not isinstance(key, str | int | float | None) or key in target:
                     raise ValueError(f"the key {shown(key)} is there twice, or neither text nor number")
                 target[key] = value
@@ -271,8 +272,12 @@ class _Machine:
 
 def _expect(kind: type, value: Any) -> Any:
     if not isinstance(value, kind):
-        raise ValueError(f"expected a {kind.__name__}, found {type(value).__name__.strip('_')}")
+        raise ValueError(f"expected a {_called(kind)}, found a {_called(type(value))}")
     return value
+
+
+def _called(kind: type) -> str:
+    return kind.__name__.strip("_")
 
 
 def _find(name: str) -> object:
@@ -307,10 +312,10 @@ def _call(function: Any, arguments: Any) -> Any:
     raise ValueError(f"calls {function.name.replace(' ', '.')} with what it does not take")
 
 
-def _select(content: object) -> tuple[dict[str, _Tensor], list[str]]:
+def _select(content: Any) -> tuple[dict[str, _Tensor], list[str]]:
     """The tensors of what a pickle holds, and problems with what else there is."""
     if not isinstance(content, dict):
-        return {}, [f"expected a dict of tensors, found a {type(content).__name__.strip('_')}"]
+        return {}, [f"expected a dict of tensors, found a {_called(type(content))}"]
     problems = []
     if isinstance(content.get("state_dict"), dict):
         beside = [shown(name) for name, value in content.items() if isinstance(value, _Tensor)]
@@ -320,7 +325,7 @@ def _select(content: object) -> tuple[dict[str, _Tensor], list[str]]:
         if isinstance(value, _Tensor) and not isinstance(name, str):
             problems.append(f"{shown(name)}: expected text as the name of a tensor")
         elif not isinstance(value, _Tensor | str | int | float | None):
-            problems.append(f"{shown(name)}: expected a tensor, found a {type(value).__name__.strip('_')}")
+            problems.append(f"{shown(name)}: expected a tensor, found a {_called(type(value))}")
     return {name: value for name, value in content.items() if isinstance(value, _Tensor)}, problems
 
 
@@ -329,35 +334,38 @@ def _open_tensor(file: WeightFile, records: dict[str, zipfile.ZipInfo], name: st
     Raises:
       ValueError: the tensor can't be read.
     """
-    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
-    if tensor.dtype is None or any(tensor.flags):
+    dtype, storage, shape, strides = tensor.dtype, tensor.storage, tensor.shape, tensor.strides
+    if dtype is None or any(tensor.flags):
         raise ValueError("expected a plain tensor, found one without dtype, conjugated or negated")
     if not is_shape(shape) or not is_shape(strides) or len(shape) != len(strides):
         raise ValueError(f"expected sizes and as many strides, found {shown(shape)} and {shown(strides)}")
-    if not is_shape([tensor.offset]) or is_too_large(shape, tensor.dtype):
+    if not is_shape([tensor.offset]) or is_too_large(shape, dtype):
         raise ValueError(f"expected less than 2^63 bytes, found {shown(shape)} from {shown(tensor.offset)}")
-    itemsize = tensor.dtype.itemsize
-    if (record := records.get(f"data/{storage.key}")) is None:
+    record = records.get(f"data/{storage.key}")
+    if record is None:
         raise ValueError(f"its storage, data/{shown(storage.key)}, is not in the file")
     available = storage.count * (storage.dtype.itemsize if storage.dtype else 1)
     if available > record.file_size:
         raise ValueError(f"expected a storage of {available} bytes, found {record.file_size}")
-    # From its first element to its last.
-    reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
-    count = 0 if 0 in shape else sum(reach) + 1
-    end = (tensor.offset + count) * itemsize
+    # From its first element to its last, with what lies between.
+    count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    count = 0 if 0 in shape else count
+    end = (tensor.offset + count) * dtype.itemsize
     if end > available:
         raise ValueError(f"expected its storage to have {end} bytes, found {available}")
-    nbytes = math.prod(shape) * itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > max(file.size, _MAX_REPEATED):
         raise ValueError(f"repeats its elements to {nbytes} bytes, more than the {file.size} of the file")
-    steps = [
-        stride * itemsize if size > 1 and count else 0 for size, stride in zip(shape, strides, strict=True)
-    ]
-    begin = _begin(file, record) + tensor.offset * itemsize
+    begin = _begin(file, record) + tensor.offset * dtype.itemsize
 
     def read() -> np.ndarray:
-        elements = file.read(name, begin, (count,), tensor.dtype)
-        return contiguous(np.lib.stride_tricks.as_strided(elements, shape, steps))
+        elements = file.read(name, begin, (count,), dtype)
+        if count == 0:
+            return elements.reshape(shape)
+        # The stride of a single element may be anything, even too large for NumPy.
+        steps = [
+            stride * dtype.itemsize if size > 1 else 0 for size, stride in zip(shape, strides, strict=True)
+        ]
+        return contiguous(np.ndarray(shape, dtype, elements.view(np.uint8).data, 0, steps))
 
-    return Tensor(name, tuple(shape), tensor.dtype, str(file.path), read)
+    return Tensor(name, tuple(shape), dtype, str(file.path), read)

@@ -35,7 +35,7 @@ SMALL = {
     "data.image_slots": 1,
     "data.batch_size": 2,
     "data.num_threads": 1,
-    "data.packing_bins": 2,
+    "data.packing_window": 2,
     "train.num_steps": STEPS,
     "train.log_every": 1,
     "train.loss_chunk": 64,

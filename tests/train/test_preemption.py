@@ -28,16 +28,21 @@ def test_told_to_stop(tiny_world: TinyWorld, tmp_path: pathlib.Path, monkeypatch
     undisturbed, told = tmp_path / "undisturbed", tmp_path / "told"
     loop.train(config, undisturbed)
 
-    place, batches = loop.to_devices, []
+    compile_step, calls = loop.compile_step, []
 
-    def place_and_tell(batch: Any, mesh: Any) -> Any:
-        if len(batches) == TOLD_IN:
-            os.kill(os.getpid(), signal.SIGTERM)
-        batches.append(batch)
-        return place(batch, mesh)
+    def compile_and_tell(*arguments: Any) -> Any:
+        train_step = compile_step(*arguments)
+
+        def step_or_tell(*state: Any) -> Any:
+            if len(calls) == TOLD_IN:
+                os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(None)
+            return train_step(*state)
+
+        return step_or_tell
 
     with monkeypatch.context() as patch, pytest.raises(Preempted):
-        patch.setattr(loop, "to_devices", place_and_tell)
+        patch.setattr(loop, "compile_step", compile_and_tell)
         loop.train(config, told)
     # The step under way is finished and saved, between two regular checkpoints.
     assert [int(path.name) for path in (told / CHECKPOINTS).iterdir()] == [TOLD_IN + 1]

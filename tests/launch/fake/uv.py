@@ -11,14 +11,15 @@ import urllib.parse
 MAIN = """\
 import os, time
 from sg4v_jax.__main__ import main
-if "FAKE_STEP_SECONDS" in os.environ:
-    from sg4v_jax.train import loop
-    to_devices = loop.to_devices
-    def slowly(*arguments):
-        time.sleep(float(os.environ["FAKE_STEP_SECONDS"]))
-        return to_devices(*arguments)
-    loop.to_devices = slowly
-main()
+if __name__ == "__main__":
+    if "FAKE_STEP_SECONDS" in os.environ:
+        from sg4v_jax.train import loop
+        compile_step = loop.compile_step
+        def compile_slow_step(*arguments):
+            step = compile_step(*arguments)
+            return lambda *state: (time.sleep(float(os.environ["FAKE_STEP_SECONDS"])), step(*state))[1]
+        loop.compile_step = compile_slow_step
+    main()
 """
 
 
