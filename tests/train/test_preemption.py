@@ -22,9 +22,10 @@ TOLD_IN = 3
 
 @pytest.mark.slow
 def test_told_to_stop(tiny_world: TinyWorld, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config("packed, two threads", tiny_world)
+    config = run_config("packed, by a worker", tiny_world)
     with config.unlocked():
         config.checkpoint.every = 1000
+        config.data.num_workers = 0
     undisturbed, told = tmp_path / "undisturbed", tmp_path / "told"
     loop.train(config, undisturbed)
 
