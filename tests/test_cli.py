@@ -25,6 +25,7 @@ COMMANDS = [
     ["data", "tokenizer"],
     ["data", "world"],
     ["data", "show"],
+    ["collect"],
     ["train"],
     ["caption"],
     ["chat"],

@@ -137,7 +137,8 @@ def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    for line in whole.decode().splitlines():
+    # Not `str.splitlines`: captions may hold what Unicode calls a line break.
+    for line in whole.split(b"\n")[:-1]:
         yield json.loads(line)
 
 

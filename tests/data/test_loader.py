@@ -295,7 +295,7 @@ def test_states_that_do_not_belong_together(tiny_world: TinyWorld) -> None:
 def test_other_data_is_noticed(tiny_world: TinyWorld, caplog: pytest.LogCaptureFixture) -> None:
     state = iter(loader(tiny_world)).get_state()
     iter(loader(tiny_world)).set_state(state)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     iter(loader(tiny_world, seed=8)).set_state(state)
     assert "records may be read twice or not at all" in caplog.text
 
