@@ -23,6 +23,7 @@ from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.parallel.mesh import make_mesh
 from sg4v_jax.train import groups, metrics
 from sg4v_jax.train.checkpoint import Checkpointer
+from sg4v_jax.train.preemption import Preempted, PreemptionNotice
 from sg4v_jax.train.setup import (
     Setup,
     compile_step,
@@ -46,6 +47,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
 
     Returns:
       The metrics of the last logged step; none if there was nothing left to do.
+
+    Raises:
+      Preempted: a process got SIGTERM, and all have saved and stopped after the same step.
     """
     workdir = pathlib.Path(workdir)
     mesh = make_mesh(**config.mesh)
@@ -54,7 +58,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     loader = Loader(loader_config(config, model), tokenizer)
     num_steps = config.train.num_steps or math.ceil(loader.steps_per_epoch() * config.train.num_epochs)
 
-    with jax.set_mesh(mesh), contextlib.closing(loader.on_devices(mesh)) as batches:
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(loader.on_devices(mesh)) as batches,
+        PreemptionNotice() as notice,
+    ):
         setup = set_up(config, model, mesh, num_steps)
         checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
         first_step, trainable, opt_state, frozen = resume_or_start(
@@ -65,7 +73,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
             _write_run_files(workdir, config, tokenizer)
             _log_summary(trainable, frozen, num_steps, loader.num_records)
         recorder = _Recorder(workdir, config, setup, first_step)
-        meta = _meta(config, model, tokenizer)
+        meta, preempted = _meta(config, model, tokenizer), False
 
         for step in _progress(config.stage, first_step, num_steps):
             batch = next(batches)
@@ -73,12 +81,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
             last = step + 1 == num_steps
             counts = batches.get_state()["counts"]
             recorder.add(step, step_metrics, batch.tokens.size, dropped(counts), log_now=last)
-            if last or (step + 1) % config.checkpoint.every == 0:
+            preempted = not last and notice.reached(step + 1)
+            if last or preempted or (step + 1) % config.checkpoint.every == 0:
                 params = groups.merge(trainable, frozen)
                 checkpointer.save(step + 1, params, opt_state, batches, meta | {"step": step + 1})
                 del params  # The next step donates its leaves; nothing else may hold them.
+            if preempted:
+                break
         checkpointer.close()
         _log_counts(batches.get_state()["counts"])
+    if preempted:
+        log.warning(
+            "told to stop: saved step %d of %d; the same command goes on from it", step + 1, num_steps
+        )
+        raise Preempted
     return recorder.latest
 
 
