@@ -35,8 +35,7 @@ from jaxtyping import Array, Float, Int
 
 from sg4v_jax.kernels.tpu.flash_backward import backward
 from sg4v_jax.kernels.tpu.flash_forward import forward
-from sg4v_jax.kernels.tpu.flash_plan import Problem, Settings
-from sg4v_jax.kernels.tpu.tiles import LANES
+from sg4v_jax.kernels.tpu.flash_plan import Problem, Settings, padded_length
 
 
 def attention(
@@ -59,7 +58,7 @@ def attention(
     """
     length = query.shape[1]
     # Padding comes after every real position, where the causal mask hides it.
-    padding = -length % LANES
+    padding = padded_length(length, settings.forward.queries) - length
     if padding:
         query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
     segments = None
@@ -78,14 +77,14 @@ def _attention(settings: Settings, query: Array, key: Array, value: Array, segme
 def _attention_fwd(
     settings: Settings, query: Array, key: Array, value: Array, segments: Array | None
 ) -> tuple[Array, Any]:
-    problem = Problem.of(settings, settings.forward, query, key)
+    problem = Problem.of(settings.machine, settings.forward, query, key, backward=False)
     out, lse = forward(problem, query, key, value, segments)
     return out, (query, key, value, segments, out, lse)
 
 
 def _attention_bwd(settings: Settings, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
     query, key, value, segments, out, lse = residuals
-    problem = Problem.of(settings, settings.backward, query, key)
+    problem = Problem.of(settings.machine, settings.backward, query, key, backward=True)
     return *backward(problem, query, key, value, segments, out, lse, d_out), None
 
 

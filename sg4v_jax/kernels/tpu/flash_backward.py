@@ -80,7 +80,7 @@ def backward(
         compiler_params=problem.compiler_params(
             "parallel", "parallel", "parallel" if dealt.programs == 1 else "arbitrary", "arbitrary"
         ),
-        interpret=problem.interpret,
+        interpret=problem.machine.interpret,
         name="flash_backward",
     )(first, unmasked, *operands)
     return d_query[0] if chunks == 1 else d_query.sum(0).astype(query.dtype), d_key, d_value

@@ -73,7 +73,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ],
         compiler_params=problem.compiler_params("parallel", "parallel", "arbitrary", "arbitrary"),
-        interpret=problem.interpret,
+        interpret=problem.machine.interpret,
         name="flash_forward",
     )(first, unmasked, *operands)
 

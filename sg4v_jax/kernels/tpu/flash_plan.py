@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from sg4v_jax.kernels.tpu.machine import Machine
 from sg4v_jax.kernels.tpu.tiles import LANES, Heads, deal_heads
 
 
@@ -19,14 +21,12 @@ class Blocks:
       keys: rows of keys per step of the inner loop.
       diagonal: rows per strip of the diagonal block.
       heads: query heads per program, at most.
-      chunk: keys that lie in VMEM at once, at most; a multiple of `queries`.
     """
 
     queries: int
     keys: int
     diagonal: int
     heads: int
-    chunk: int
 
     def within(self, length: int) -> "Blocks":
         """The same for rows of `length` (a multiple of 128): no block is longer than that."""
@@ -36,7 +36,6 @@ class Blocks:
             queries=queries,
             keys=_largest_part(self.keys, queries),
             diagonal=_largest_part(self.diagonal, queries),
-            chunk=_largest_part(self.chunk, length, queries),
         )
 
 
@@ -45,29 +44,41 @@ def _largest_part(limit: int, whole: int, unit: int = LANES) -> int:
     return max(n for n in range(unit, max(limit, unit) + 1, unit) if whole % n == 0)
 
 
+def padded_length(length: int, queries: int) -> int:
+    """The next length that cuts into blocks of a good size: one, or more of at least half of `queries`."""
+    padded = -(-length // LANES) * LANES
+    while padded > queries and 2 * _largest_part(queries, padded) < queries:
+        padded += LANES
+    return padded
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the kernels need to know besides their operands.
 
     Attributes:
       forward, backward: the blocks of each direction.
-      mxu: width of the matrix unit.
-      bf16_exp: whether the exponential can take and give bfloat16.
-      vmem: bytes a kernel may use.
-      interpret: parameters of Pallas' interpreter, or False to compile.
+      machine: what the hardware can do.
     """
 
     forward: Blocks
     backward: Blocks
-    mxu: int
-    bf16_exp: bool
-    vmem: int
-    interpret: Any = False
+    machine: Machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One direction of attention at one shape."""
+    """One direction of attention at one shape.
+
+    Attributes:
+      blocks: how it is cut.
+      heads: how heads are dealt to programs.
+      head_dim: width of a head.
+      chunk: keys that lie in VMEM at once.
+      value_width: width of a head's values with their columns of ones; head_dim if there are none.
+      exp_dtype: dtype of the exponential.
+      machine: what the hardware can do.
+    """
 
     blocks: Blocks
     heads: Heads
@@ -75,25 +86,28 @@ class Problem:
     chunk: int
     value_width: int
     exp_dtype: Any
-    vmem: int
-    interpret: Any
+    machine: Machine
 
     @classmethod
-    def of(cls, settings: Settings, blocks: Blocks, query: Array, key: Array) -> "Problem":
+    def of(cls, machine: Machine, blocks: Blocks, query: Array, key: Array, backward: bool) -> "Problem":
         """The problem of arrays [batch, heads, length, head_dim]."""
         _, heads, length, head_dim = query.shape
         blocks = blocks.within(length)
+        dealt = deal_heads(heads, key.shape[1], blocks.heads)
+        # Two arrays in and, backward, two out, each twice as the next block is fetched or written
+        # meanwhile; backward also two float32 sums. And the segments, a column of 128 lanes.
+        item = key.dtype.itemsize
+        per_key = (8 * item + 2 * 4) if backward else 4 * item
+        per_key = per_key * pl.cdiv(head_dim, LANES) * LANES * dealt.key + 2 * 4 * LANES
         with_ones = (head_dim // LANES + 1) * LANES
-        half = settings.bf16_exp and query.dtype == jnp.bfloat16
         return cls(
             blocks=blocks,
-            heads=deal_heads(heads, key.shape[1], blocks.heads),
+            heads=dealt,
             head_dim=head_dim,
-            chunk=blocks.chunk,
-            value_width=with_ones if with_ones <= settings.mxu else head_dim,
-            exp_dtype=jnp.bfloat16 if half else jnp.float32,
-            vmem=settings.vmem,
-            interpret=settings.interpret,
+            chunk=_largest_part(machine.vmem // 2 // per_key, length, blocks.queries),
+            value_width=with_ones if with_ones <= machine.mxu else head_dim,
+            exp_dtype=machine.exp_dtype(query.dtype),
+            machine=machine,
         )
 
     def visits(self, segments: Int[Array, "batch 1 length"] | None, batch: int) -> tuple[Array, Array]:
@@ -104,7 +118,7 @@ class Problem:
 
     def compiler_params(self, *semantics: Any) -> pltpu.CompilerParams:
         """Order of the grid's axes and the memory it may use."""
-        return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=self.vmem)
+        return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=self.machine.vmem)
 
 
 def schedule(

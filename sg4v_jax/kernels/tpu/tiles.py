@@ -90,10 +90,13 @@ def as_row(x: Float[Array, "rows 1"] | Float[Array, "rows 128"]) -> Float[Array,
 
     Picks the diagonal of each 128 x 128 square: 10 cycles, where the transposition unit takes 100.
     """
-    square = (LANES, LANES)
-    own = jax.lax.broadcasted_iota(jnp.int32, square, 0) == jax.lax.broadcasted_iota(jnp.int32, square, 1)
-    parts = [x[i : i + LANES] for i in range(0, x.shape[0], LANES)]
-    return jnp.concatenate([jnp.where(own, part, 0).sum(0, keepdims=True) for part in parts], axis=1)
+    parts = []
+    for start in range(0, x.shape[0], LANES):
+        part = x[start : start + LANES]
+        square = (part.shape[0], LANES)
+        row, lane = (jax.lax.broadcasted_iota(jnp.int32, square, axis) for axis in (0, 1))
+        parts.append(jnp.where(row == lane, part, 0).sum(0, keepdims=True)[:, : part.shape[0]])
+    return jnp.concatenate(parts, axis=1)
 
 
 def hide_future(scores: Float[Array, "m n"], query_axis: int) -> Float[Array, "m n"]:
