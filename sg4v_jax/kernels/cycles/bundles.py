@@ -11,7 +11,13 @@ _INSTRUCTION = re.compile(r"(?:(%\w+)\s*=\s*)?([A-Za-z][\w.<-]*)\s*(.*)$", re.S)
 _CALL = re.compile(r"(%\d+) = inlined_call\b[^/}]*/\* %?([\w.<>-]+)")
 REGISTER = re.compile(r"%([svp])\d+_([svpm]+\d+)")
 # Meanings that the dump puts into comments, but that tell operands of transfers apart.
-_MEANINGS = {"size_in_granules": "@size ", "dst_syncflagno": "@flag ", "hbm": "@hbm ", "src": "@hbm ", "smem": "@smem "}
+_MEANINGS = {
+    "size_in_granules": "@size ",
+    "dst_syncflagno": "@flag ",
+    "hbm": "@hbm ",
+    "src": "@hbm ",
+    "smem": "@smem ",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -293,7 +293,9 @@ class _Decoder:
         return _Stretch(steps, pc, target, condition)
 
     def _parse(self, text: str) -> operands.Operands:
-        return operands.parse(text, self.machine.registers, lambda name: self.machine.region(self.program.name, name))
+        return operands.parse(
+            text, self.machine.registers, lambda name: self.machine.region(self.program.name, name)
+        )
 
     def _rename(self, instruction: Instruction) -> list[tuple[str, Callable[[], Any]]]:
         # Phis and casts mostly name a register that already has the value.
@@ -342,8 +344,9 @@ class _Decoder:
         if kind == "inlined_call_operand":
             index, space = operands.call_operand(instruction.operands), op.partition(".")[2]
             return lambda: machine.operand(name, index, space)
-        if kind == "scalar_parameter_address":
-            return lambda: (0x4000 + int(instruction.operands.strip() or 0)) << 8
+        if kind in ("scalar_parameter_address", "reloc"):  # Words of the runtime: zero, e.g. tracing is off.
+            number = operands.first_number(instruction.operands)
+            return lambda: (0x4000 + number) << 8
         parsed = self._parse(instruction.operands)
         values = parsed.values
         if kind == "sld":

@@ -112,6 +112,12 @@ def first_register(text: str) -> str | None:
     return match.group(2) if match else None
 
 
+def first_number(text: str) -> int:
+    """The number that a text starts with, or 0."""
+    match = re.match(r"\s*(\d+)", text)
+    return int(match.group(1)) if match else 0
+
+
 def words(data: bytes | None) -> list[int]:
     """Memory as unsigned 32-bit words."""
     if data is None:
@@ -162,7 +168,9 @@ def known_operands(hlo: str, arguments: Mapping[int, np.ndarray]) -> dict[tuple[
         shape = [int(d) for d in dims.split(",") if d]
         if op == "constant":
             text = re.sub(r"/\*.*?\*/", "", rest.split("), ")[0])
-            numbers = [{"true": 1, "false": 0}.get(t) or int(t) for t in re.findall(r"-?\d+|true|false", text)]
+            numbers = [
+                {"true": 1, "false": 0}.get(t) or int(t) for t in re.findall(r"-?\d+|true|false", text)
+            ]
             size = int(np.prod(shape))
             return np.array(numbers).astype(_NUMPY[dtype]).reshape(shape) if len(numbers) == size else None
         if op == "parameter" and f"%{name} = " in entry:

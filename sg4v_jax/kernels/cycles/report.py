@@ -133,7 +133,11 @@ def emulate(
     # Calls nest as deep as programs do, and each level takes a few frames.
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 10_000))
     machine.run(programs[_TOP])
-    kernels = [_kernel(generation, programs[name], count) for name, count in machine.counts.items() if name in programs]
+    kernels = [
+        _kernel(generation, programs[name], count)
+        for name, count in machine.counts.items()
+        if name in programs
+    ]
     never = set(programs) - set(machine.counts) - {_NEVER_CALLED}
     unknown = {**machine.unknown, **{f"{name} never ran": 1 for name in never}}
     kernels.sort(key=lambda kernel: -kernel.total)
@@ -155,7 +159,7 @@ def _kernel(generation: Generation, program: Program, count: Count) -> Kernel:
         change[start] += times
         change[end] -= times
     times = np.cumsum(change)[:size]
-    issued = max(times.sum(), 1)
+    issued = max(int(times.sum()), 1)
     busy = float(times @ np.array(program.matmuls)) * generation.matmul_cycles / generation.mxus
     used = dict.fromkeys(("VALU", "VLOAD:FILL", "VSTORE:SPILL"), 0.0)
     if program.use:

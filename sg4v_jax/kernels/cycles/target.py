@@ -113,9 +113,7 @@ def one_device_mesh(generation: Generation) -> Any:
 
     # On v4 one device is a chip with both its cores, as in real jobs.
     options = {"chip_config_name": "megacore"} if generation.name == "v4" else {}
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=generation.topology, **options
-    )
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=generation.topology, **options)
     return jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
 
 
@@ -152,7 +150,9 @@ def compile_for(generation: Generation, function: Callable[..., Any], arguments:
     for path in glob.glob(os.path.join(folder, "*.txt")):
         name = re.match(r"\d+-(.*)-\d+-([a-z][\w-]*)\.txt$", os.path.basename(path))
         if name and not name.group(2).startswith("schedule-analysis"):
-            kind = next((k for k in (SCHEDULE, UTILIZATION, SAME_PROGRAMS) if name.group(2).startswith(k)), None)
+            kind = next(
+                (k for k in (SCHEDULE, UTILIZATION, SAME_PROGRAMS) if name.group(2).startswith(k)), None
+            )
             if kind:
                 with open(path, errors="replace") as file:
                     programs[name.group(1)][kind] = file.read()

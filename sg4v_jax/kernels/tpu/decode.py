@@ -39,7 +39,8 @@ def attention(
     machine: Machine,
     *,
     rows: int,
-    scales: tuple[Float[Array, "batch capacity kv_heads"], Float[Array, "batch capacity kv_heads"]] | None = None,
+    scales: tuple[Float[Array, "batch capacity kv_heads"], Float[Array, "batch capacity kv_heads"]]
+    | None = None,
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """Attention of one query per slot to the first `kv_lengths` positions of its cache.
 
@@ -106,7 +107,9 @@ def block_positions(capacity: int, kv_heads: int, rows: int) -> int:
     return max((n for n in fits if n * kv_heads <= rows), default=fits[0])
 
 
-def _kernel(kv_heads: int, positions: int, lengths: Any, query: Any, key: Any, value: Any, *refs: Any) -> None:
+def _kernel(
+    kv_heads: int, positions: int, lengths: Any, query: Any, key: Any, value: Any, *refs: Any
+) -> None:
     *scales, out, acc, maximum, total = refs
     b, j = pl.program_id(0), pl.program_id(1)
     heads, head_dim = query.shape

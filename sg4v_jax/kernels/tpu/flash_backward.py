@@ -42,8 +42,17 @@ def backward(
     first, unmasked = problem.visits(segments, batch)
     chunks = length // chunk
     rows = pl.BlockSpec((None, h, n, head_dim), lambda b, c, g, i, *_: (b, g, i, 0))
-    keys = pl.BlockSpec((None, dealt.key, chunk, head_dim), lambda b, c, g, i, *_: (b, g // dealt.programs, c, 0))
-    in_specs = [rows, keys, keys, rows, rows, pl.BlockSpec((None, h, 1, n), lambda b, c, g, i, *_: (b, g, 0, i))]
+    keys = pl.BlockSpec(
+        (None, dealt.key, chunk, head_dim), lambda b, c, g, i, *_: (b, g // dealt.programs, c, 0)
+    )
+    in_specs = [
+        rows,
+        keys,
+        keys,
+        rows,
+        rows,
+        pl.BlockSpec((None, h, 1, n), lambda b, c, g, i, *_: (b, g, 0, i)),
+    ]
     operands = [query, key, value, out, d_out, lse]
     if segments is not None:
         columns = jnp.broadcast_to(segments.swapaxes(1, 2), (batch, length, LANES))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -10,6 +11,8 @@ from jaxtyping import Array, Int
 
 from sg4v_jax.kernels.tpu.machine import Machine
 from sg4v_jax.kernels.tpu.tiles import LANES, Heads, deal_heads
+
+Shaped = Array | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Problem:
     machine: Machine
 
     @classmethod
-    def of(cls, machine: Machine, blocks: Blocks, query: Array, key: Array, backward: bool) -> "Problem":
+    def of(cls, machine: Machine, blocks: Blocks, query: Shaped, key: Shaped, backward: bool) -> "Problem":
         """The problem of arrays [batch, heads, length, head_dim]."""
         _, heads, length, head_dim = query.shape
         blocks = blocks.within(length)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 LANES = 128
 LOG2_E = 1.4426950408889634
@@ -25,7 +25,9 @@ class Tile(NamedTuple):
     on_diagonal: bool = False
 
 
-def in_pipeline(tiles: Sequence[Any], begin: Callable[[Any], Any], finish: Callable[[Any, Any], None]) -> None:
+def in_pipeline(
+    tiles: Sequence[Any], begin: Callable[[Any], Any], finish: Callable[[Any, Any], None]
+) -> None:
     """Emits `begin` of each tile ahead of `finish` of the tile before, for the compiler to overlap.
 
     The compiler's scheduler follows the order of the program rather closely: left to itself it runs one
@@ -78,7 +80,7 @@ def dot(a: Array, b: Array, over: tuple[int, int]) -> Float[Array, "m n"]:
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def lanes(x: Float[Array, "rows 128"], width: int) -> Float[Array, "rows width"]:
+def lanes(x: Num[Array, "rows 128"], width: int) -> Num[Array, "rows width"]:
     """Widens or narrows rows whose lanes are all equal."""
     if width <= LANES:
         return x[:, :width]
@@ -116,7 +118,7 @@ def hide_future(scores: Float[Array, "m n"], query_axis: int) -> Float[Array, "m
     return jnp.concatenate([scores[:, :rest], square] if query_axis == 0 else [square, scores[:, n:]], axis=1)
 
 
-def exp2(x: Float[Array, "m n"], dtype: jnp.dtype) -> Float[Array, "m n"]:
+def exp2(x: Float[Array, "m n"], dtype: Any) -> Float[Array, "m n"]:
     """2**x, computed in `dtype`."""
     return jnp.exp2(x.astype(dtype))
 

@@ -80,7 +80,7 @@ class Layout:
     length: int
 
     @classmethod
-    def of(cls, query: Array, heads: int, limit: int) -> "Layout":
+    def of(cls, query: Array | jax.ShapeDtypeStruct, heads: int, limit: int) -> "Layout":
         """As many heads as `limit` allows in a whole number of 128 lanes, or all heads."""
         head_dim = query.shape[2] // heads
         fits = [n for n in range(1, heads) if heads % n == 0 and n * head_dim % LANES == 0]
@@ -152,7 +152,9 @@ def _attention(settings: Settings, heads: int, query: Array, key: Array, value: 
     return _forward(settings, heads, query, key, value)[0]
 
 
-def _call(settings: Settings, layout: Layout, query: Array, kernel: Any, operands: list[Any], outputs: str) -> Any:
+def _call(
+    settings: Settings, layout: Layout, query: Array, kernel: Any, operands: list[Any], outputs: str
+) -> Any:
     """Runs `kernel` over images and groups of heads; `outputs` says x (like query) or r (a row per head)."""
     batch, length, lanes = query.shape
     programs = lanes // layout.width
@@ -201,7 +203,9 @@ def _vit_forward(rows: int, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
 
     def scores(tile: Tile) -> Array:
         lanes = layout.lanes(tile.head)
-        return dot(query[tile.row : tile.row + tile.rows, lanes], layout.only(key[:, lanes], tile.head, 0), (1, 1))
+        return dot(
+            query[tile.row : tile.row + tile.rows, lanes], layout.only(key[:, lanes], tile.head, 0), (1, 1)
+        )
 
     def finish(tile: Tile, scores: Array) -> None:
         lanes = layout.lanes(tile.head)
@@ -213,7 +217,9 @@ def _vit_forward(rows: int, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
             values = jnp.concatenate([values, ones], axis=1)
         attended = dot(weights.astype(values.dtype), values, (1, 0))
         if layout.head_dim >= LANES:
-            attended = jnp.concatenate([attended, jnp.broadcast_to(_sum(weights), (tile.rows, LANES))], axis=1)
+            attended = jnp.concatenate(
+                [attended, jnp.broadcast_to(_sum(weights), (tile.rows, LANES))], axis=1
+            )
         waiting.append((attended, top))
         if len(waiting) == layout.sharing:
             _store(layout, tile, waiting, out, lse)
