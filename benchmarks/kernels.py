@@ -237,7 +237,8 @@ def line(
         "cycles": round(sum(r.total for r in reports)), "scheduled": sum(r.scheduled for r in reports),
         "roofline_us": round(floor, 1), "mxu": round(main.mxu, 3),
         "vpu": round(main.vpu, 3), "spills": round(main.spills, 3),
-        "hbm_mb": round(sum(k.bytes for k in kernels) / 1e6), "compile_s": round(sum(r.seconds for r in reports), 1), "unknown": [r.unknown for r in reports],
+        "hbm_mb": round(sum(k.bytes for k in kernels) / 1e6),
+        "compile_s": round(sum(r.seconds for r in reports), 1), "unknown": [r.unknown for r in reports],
     }  # fmt: skip
 
 

@@ -45,12 +45,17 @@ def gradient(**options):
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", ["v4", "v5e", "v5p", "v6e"])
 def test_compiles(generation):
-    """One device: packed decoder with grouped queries, vision tower, decoding."""
+    """One device: packed decoder with grouped queries in scan and checkpoint, vision tower, decoding."""
 
     def decoder(query, key, value, segments):
-        return jax.grad(
-            lambda *x: attention(*x, causal=True, segment_ids=segments).astype(jnp.float32).sum(), (0, 1, 2)
-        )(query, key, value)
+        @jax.checkpoint
+        def layer(x, _):
+            return attention(x, key, value, causal=True, segment_ids=segments), None
+
+        def loss(query):
+            return jax.lax.scan(layer, query, None, length=2)[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss)(query)
 
     one = (1, 1, 1)
     query, key = heads(1, 1024, 8, 128), heads(1, 1024, 2, 128)
