@@ -120,7 +120,7 @@ def _on_mesh(run: Callable[[Call], Array], call: Call) -> Array:
     arrays = {name: getattr(call, name) for name in specs if getattr(call, name) is not None}
 
     def local(arrays: dict[str, Array]) -> Array:
-        return run(dataclasses.replace(call, **arrays))
+        return run(dataclasses.replace(call, **arrays))  # type: ignore[arg-type]
 
     in_specs = ({name: specs[name] for name in arrays},)
     return jax.shard_map(local, in_specs=in_specs, out_specs=query_spec, check_vma=False)(arrays)

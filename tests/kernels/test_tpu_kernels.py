@@ -12,7 +12,7 @@ from sg4v_jax.kernels import reference
 from sg4v_jax.kernels.tpu import decode, flash, flash_plan, vit
 from sg4v_jax.kernels.tpu.machine import Machine
 
-few = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def machine(mxu=128, bf16_exp=False):
@@ -71,7 +71,7 @@ def races():
 @st.composite
 def packed(draw):
     """(length, segments or None): segments of any lengths, single tokens too, repeated ids, padding."""
-    length = draw(st.sampled_from([1, 129, 300, 384, 640]))
+    length = draw(st.sampled_from([1, 129, 300, 384]))
     if draw(st.booleans()):
         return length, None
     cuts = draw(st.lists(st.integers(1, length), max_size=5))

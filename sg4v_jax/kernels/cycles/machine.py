@@ -172,7 +172,7 @@ class Machine:
                 registers[register] = get()
         if stretch.target is None:
             return stretch.end
-        condition = True if stretch.taken is None else taken[0]
+        condition = taken[0] if taken is not None else True
         if condition is None:
             self.unknown[f"branch in {name}"] += 1
         return stretch.target if condition else stretch.end
@@ -273,7 +273,7 @@ class _Decoder:
                     condition = self._parse(instruction.operands.split("target")[0]).predicate
                     left = self.machine.generation.delay_slots + 1
                     if condition is not None:
-                        effects.append(lambda condition=condition: self.machine.branch(condition()))
+                        effects.append(self._branch(condition))
                 elif instruction.register is None:
                     effects.append(self._effect(instruction))
                 elif instruction.name.startswith(_RENAMES):
@@ -291,6 +291,9 @@ class _Decoder:
         if passed:
             steps.append(_Step(passed, [], [], []))
         return _Stretch(steps, pc, target, condition)
+
+    def _branch(self, condition: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: self.machine.branch(condition())
 
     def _parse(self, text: str) -> operands.Operands:
         return operands.parse(
@@ -362,7 +365,7 @@ class _Decoder:
             read = _ARITHMETIC[kind]
         else:  # From the vector unit, or floating point: data, not control.
             read = lambda *_: None  # noqa: E731
-        predicate, register = parsed.predicate, instruction.register
+        predicate, register = parsed.predicate, instruction.register or ""
         if predicate is None:
             return lambda: read(*[get() for get in values])
         old = parsed.otherwise or (lambda: machine.registers[register])

@@ -46,7 +46,8 @@ def parse(text: str, registers: Mapping[str, Any], region: Callable[[str], int])
         text = text[: match.start()] + ", " + text[match.end() :]
     # A store's address is followed by its value without a comma.
     text = re.sub(r"^(\s*\[smem:.*?\]\])\s*(?=[^,\s])", r"\1, ", text)
-    values, tags = [], {}
+    values: list[Getter] = []
+    tags: dict[str, Getter] = {}
     for token in _split(text):
         tag, _, rest = token[1:].partition(" ") if token.startswith("@") else ("", "", token)
         getter = _getter(rest, registers, region)

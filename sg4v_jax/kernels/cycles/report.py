@@ -80,7 +80,7 @@ class Report:
         cycles = sum(kernel.total for kernel in self.kernels if kernel.name.startswith(prefix))
         return cycles / self.generation.clock * 1e6
 
-    def roofline(self, flops: float, bytes_: float) -> float:
+    def roofline(self, flops: float | int, bytes_: float | int) -> float:
         """Microseconds that the published peaks allow."""
         return max(flops / self.generation.peak, bytes_ / self.generation.bandwidth) * 1e6
 
@@ -155,9 +155,9 @@ def _release(machine: Machine, text: str) -> None:
 def _kernel(generation: Generation, program: Program, count: Count) -> Kernel:
     size = len(program.bundles)
     change = np.zeros(size + 1)
-    for (start, end), times in count.runs.items():
-        change[start] += times
-        change[end] -= times
+    for (start, end), runs in count.runs.items():
+        change[start] += runs
+        change[end] -= runs
     times = np.cumsum(change)[:size]
     issued = max(int(times.sum()), 1)
     busy = float(times @ np.array(program.matmuls)) * generation.matmul_cycles / generation.mxus

@@ -164,7 +164,7 @@ def compile_for(generation: Generation, function: Callable[..., Any], arguments:
 
 def _hlo(executable: Any) -> str:
     try:  # The public text leaves large constants out; they may hold bounds of loops.
-        from jaxlib import _hlo
+        from jaxlib import _hlo  # type: ignore[attr-defined]
 
         options = _hlo.HloPrintOptions()
         options.print_large_constants = True

@@ -87,7 +87,6 @@ def _kernel(problem: Problem, segmented: bool, refs: Any) -> None:
     b, i, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     last = (i * blocks.queries) // problem.chunk
     start = (last - c) * problem.chunk
-    tiles.start = start
 
     @pl.when(c == 0)
     def diagonal() -> None:

@@ -103,7 +103,7 @@ class Layout:
         start = head // self.sharing * size
         return slice(start, start + size)
 
-    def only(self, x: Array, head: int, fill: float) -> Array:
+    def only(self, x: Array, head: int, fill: int) -> Array:
         """Fills the lanes of other heads."""
         if self.sharing == 1:
             return x
