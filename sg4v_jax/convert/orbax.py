@@ -38,7 +38,8 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
 # What is read of a stacked parameter at once, when its chunks hold several layers.
 _WINDOW_BYTES = 2**30
-_CHUNK_BYTES = 2**26
+# Buffers of this size are used again and again; the memory of larger ones is new every time.
+_CHUNK_BYTES = 2**24
 _MAX_UNDER_WAY = 2**28
 
 
@@ -270,18 +271,24 @@ class _Stack:
     def read(self, layer: int | None) -> np.ndarray:
         """One layer, or for None the whole parameter, which then has no layers."""
         if layer is None:
-            return self._store.read().result()
+            return self._read(self._store)
         count = self._layers_at_once()
         if count == 1:
-            return self._store[layer].read().result()
+            return self._read(self._store[layer])
         with self._turn:
             layers, held = self._window
             if layer not in layers:
                 layers = range(layer, min(layer + count, self.shape[0]))
                 self._window = (range(0), np.empty(0))  # Let go of the last one first.
-                held = self._store[layers.start : layers.stop].read().result()
+                held = self._read(self._store[layers.start : layers.stop])
                 self._window = (layers, held)
             return held[layer - layers.start].copy()
+
+    def _read(self, part: Any) -> np.ndarray:
+        # Into NumPy's memory, which comes in huge pages: tensorstore's own takes longer to get than to fill.
+        array = np.empty(part.shape, self.dtype)
+        tensorstore.array(array).write(part).result()
+        return array
 
     def _layers_at_once(self) -> int:
         """As many as share chunks, as far as memory allows."""
