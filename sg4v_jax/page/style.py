@@ -73,6 +73,8 @@ figure { margin: 0; }
 .chart circle { fill: var(--accent); }
 .chart .raw { stroke-width: 1; opacity: .35; }
 .chart .mean { stroke-width: 1.8; }
+.chart rect { fill: var(--accent); opacity: .75; }
+.chart .other { stroke: var(--ink); stroke-width: 1.5; }
 
 dl { display: grid; grid-template-columns: 7rem 1fr; gap: .7rem 0; margin: .8rem 0 0; font-size: .9rem; }
 dt { font-weight: 600; }
