@@ -24,6 +24,11 @@ _ENGLISH_SHARE = 0.15
 FINISHED = ("stop", "eos", "end_turn", "")
 
 
+def refuses(text: str) -> bool:
+    """Whether an answer begins as refusals and apologies do."""
+    return bool(_REFUSAL.match(text.strip().lstrip("\"'*")))
+
+
 @dataclasses.dataclass(frozen=True)
 class Filters:
     """What a caption must be.
@@ -57,7 +62,7 @@ class Filters:
         words = text.split()
         rules = {
             "content_filter": finish_reason == "content_filter",
-            "refusal": refused or bool(_REFUSAL.match(text.strip().lstrip("\"'*"))),
+            "refusal": refused or refuses(text),
             "empty": not words,
             "truncated": finish_reason == "length",
             "unfinished": finish_reason not in FINISHED,

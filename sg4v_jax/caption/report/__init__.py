@@ -1,0 +1,1 @@
+"""What captions are like: measured, compared, shown beside their images, and voted on."""
