@@ -38,6 +38,8 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
     # To build a dataset on many machines.
     "beam": ["apache-beam>=2.60,<3"],
+    # To tag the parts of speech of captions; its English model comes along.
+    "report": ["HanTa>=1.2,<2"],
     # What the tests compare against; none of it is needed to run the library.
     "test": [
         "pytest>=8",
@@ -46,6 +48,8 @@ EXTRAS = {
         "beartype>=0.19",
         "hypothesis>=6",
         "mistral-common>=1.5",
+        "HanTa>=1.2,<2",
+        "textblob>=0.19",
         # Compiles for TPUs without one: the kernels of each generation, and their cycles.
         "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
         "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",
@@ -66,7 +70,7 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["sg4v_jax", "sg4v_jax.*"]), "sg4v_jax.configs"],
     # configs/ stays at the top of the repository, and is installed with the package.
     package_dir={"sg4v_jax.configs": "configs"},
-    package_data={"sg4v_jax.world": ["photos/*"]},
+    package_data={"sg4v_jax.world": ["photos/*"], "sg4v_jax.caption.report": ["*.js"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["sg4v=sg4v_jax.__main__:main"]},

@@ -22,6 +22,7 @@ from sg4v_jax.data.sources import SOURCES
 from sg4v_jax.data.thumbnail import thumbnail
 from sg4v_jax.page.html import data_uri, document, table
 from sg4v_jax.page.svg import histogram
+from sg4v_jax.page.terminal import printable
 
 _THUMBNAIL, _TEXT = 160, 600  # pixels, characters
 _BINS = 24
@@ -88,7 +89,7 @@ def summary(report: CheckReport) -> str:
             lines.append(f"                 {file.examples[kind][0].message}")
         lines += ["", f"  length in {_unit(report)}: {_length_line(file)}", ""]
     lines.append(_verdict(report))
-    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
+    return "\n".join(printable(line).replace("\n", "\\n") for line in lines)
 
 
 def render_page(report: CheckReport) -> str:

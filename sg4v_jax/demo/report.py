@@ -9,6 +9,7 @@ from typing import Any
 
 from sg4v_jax.demo import report_html
 from sg4v_jax.demo.marking import bracketed
+from sg4v_jax.page.terminal import printable
 from sg4v_jax.world import AccuracyReport, BlindReport, F1Report, Scene, Score, dense
 
 PAGE, NUMBERS = "report.html", "report.json"
@@ -141,15 +142,10 @@ def _accuracy_table(report: Report) -> str:
 def _samples(report: Report) -> str:
     lines = ["The captioner's first captions; [wrong words] in brackets"]
     for caption, scene in list(zip(report.captions["captioner"], report.scenes, strict=True))[:_SAMPLES]:
-        lines.append(_wrapped("caption ", _printable(bracketed(caption, scene))))
+        lines.append(_wrapped("caption ", printable(bracketed(caption, scene))))
         lines.append(_wrapped("truth   ", dense(scene)) + "\n")
     return "\n".join(lines).rstrip()
 
 
 def _wrapped(label: str, text: str) -> str:
     return textwrap.fill(text, 100, initial_indent=f"  {label}", subsequent_indent=" " * 10)
-
-
-def _printable(text: str) -> str:
-    """Without control characters: a model's text must not steer the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)

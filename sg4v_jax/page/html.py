@@ -47,12 +47,23 @@ def figures(numbers: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, name: str = "") -> str:
-    """A table of texts: the first row is its head, the first cell of a row names it, the rest are numbers."""
+    """A table of texts: the first row is its head, the first cell of a row names it.
+
+    Columns whose cells all begin with a digit or a sign are aligned as numbers.
+    """
     head, *body = rows
-    columns = "".join(f"<th{' class=n' if i else ''}>{escape(cell)}</th>" for i, cell in enumerate(head))
+    numeric = [all(row[i][:1] in "0123456789+-" for row in body) for i in range(len(head))]
+    columns = "".join(
+        f"<th{' class=n' if i and numeric[i] else ''}>{escape(cell)}</th>" for i, cell in enumerate(head)
+    )
     lines = "".join(
-        f"<tr><th>{escape(first)}</th>{''.join(f'<td class=n>{escape(cell)}</td>' for cell in rest)}</tr>"
-        for first, *rest in body
+        "<tr>"
+        + "".join(
+            f"<td{' class=n' if numeric[i] else ''}>{escape(cell)}</td>" if i else f"<th>{escape(cell)}</th>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in body
     )
     return (
         f'<div class=scroll><table class="{escape(name)}"><thead><tr>{columns}</tr></thead>'

@@ -11,8 +11,8 @@ from etils import epath
 from sg4v_jax.data.json_stream import read_entries
 from sg4v_jax.data.records import image_names
 
-# In a folder, the file that knows most about its captions.
-FILES = ("captions.jsonl", "captions.json", "results.jsonl")
+# In a folder, what knows most about its captions: the first of these that is there.
+FILES = ("shards/captions-*.jsonl", "captions.jsonl", "captions.json", "results.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,17 +49,17 @@ def caption_files(paths: Sequence[str | os.PathLike[str]]) -> list[epath.Path]:
     Raises:
       FileNotFoundError: a path is not there, or a folder without such a file.
     """
-    files = []
+    files: list[epath.Path] = []
     for path in map(epath.Path, paths):
-        if not path.is_dir():
-            if not path.exists():
-                raise FileNotFoundError(f"{path}: no such file; give a caption file, or a folder with one")
+        if path.is_dir():
+            found = next(filter(None, (sorted(path.glob(name)) for name in FILES)), [])
+            if not found:
+                raise FileNotFoundError(f"{path}: holds none of {', '.join(FILES)}; name the caption file")
+            files += found
+        elif path.exists():
             files.append(path)
-            continue
-        found = [path / name for name in FILES if (path / name).exists()]
-        if not found:
-            raise FileNotFoundError(f"{path}: holds none of {', '.join(FILES)}; name the caption file itself")
-        files.append(found[0])
+        else:
+            raise FileNotFoundError(f"{path}: no such file; give a caption file, or a folder with one")
     return files
 
 

@@ -37,8 +37,8 @@ class Difference:
 def common_rows(first: CaptionSet, second: CaptionSet) -> tuple[np.ndarray, np.ndarray]:
     """(int[n], int[n]): the rows of the images that both sets have; of several captions the first."""
     rows = first.first_of_image(), second.first_of_image()
-    images = [captions.table["image"][of] for captions, of in zip((first, second), rows, strict=True)]
-    _, in_first, in_second = np.intersect1d(*images, assume_unique=True, return_indices=True)
+    images = first.table["image"][rows[0]], second.table["image"][rows[1]]
+    _, in_first, in_second = np.intersect1d(images[0], images[1], assume_unique=True, return_indices=True)
     return rows[0][in_first], rows[1][in_second]
 
 

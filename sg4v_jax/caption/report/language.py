@@ -95,10 +95,10 @@ def distinct(texts: Iterable[str], n: int, words: int | None = None) -> tuple[fl
     samples the first `words` tokens count.
     """
     seen: set[tuple[str, ...]] = set()
-    total, left = 0, math.inf if words is None else words
+    total, left = 0, words
     for text in texts:
-        tokens = tokenize(text)[: None if left == math.inf else int(left)]
-        left -= len(tokens)
+        tokens = tokenize(text)[:left]
+        left = None if left is None else left - len(tokens)
         grams = list(zip(*(itertools.islice(tokens, i, None) for i in range(n)), strict=False))
         total += len(grams)
         seen.update(grams)
