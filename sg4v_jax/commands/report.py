@@ -19,18 +19,12 @@ def add(commands: Any) -> None:
         "    --preference preference.html\n"
         "  sg4v report --votes votes-*.json --key preference.key.json",
     )
-    parser.add_argument(
-        "captions", nargs="*", help="LLaVA-format JSON or JSONL, or a folder of caption/collect"
-    )
+    parser.add_argument("captions", nargs="*", help="JSON or JSONL files, or an output folder")
     parser.add_argument("--images", help="folder that `image` paths are relative to")
     parser.add_argument("--output", help="page to write, with a .json of its numbers beside it")
     parser.add_argument("--compare", nargs="+", default=[], help="a second set")
-    parser.add_argument(
-        "--names", nargs="+", default=[], help="what to call the sets; their paths by default"
-    )
-    parser.add_argument(
-        "--sample", type=int, default=2000, help="captions whose words are tagged and counted"
-    )
+    parser.add_argument("--names", nargs="+", default=[], help="of the sets; their paths by default")
+    parser.add_argument("--sample", type=int, default=2000, help="captions to tag and count words of")
     parser.add_argument("--each", type=int, default=3, help="samples to show of each source")
     parser.add_argument("--samples", type=int, default=36, help="samples to show in all")
     parser.add_argument("--seed", type=int, default=0, help="of samples, pairs and sides")
@@ -87,7 +81,8 @@ def _report(arguments: argparse.Namespace, votes: Any) -> None:
         print(f"{summary(report)}\n\nwrote {page} and {numbers}")
     if arguments.preference:
         written = write_preference(
-            *sets,
+            sets[0],
+            sets[1],
             arguments.images,
             arguments.preference,
             pairs=arguments.pairs,
