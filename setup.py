@@ -49,7 +49,6 @@ EXTRAS = {
         "hypothesis>=6",
         "mistral-common>=1.5",
         "HanTa>=1.2,<2",
-        "textblob>=0.19",
         # Compiles for TPUs without one: the kernels of each generation, and their cycles.
         "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
         "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",

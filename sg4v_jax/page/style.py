@@ -79,7 +79,8 @@ figure { margin: 0; }
 dl { display: grid; grid-template-columns: 7rem 1fr; gap: .7rem 0; margin: .8rem 0 0; font-size: .9rem; }
 dt { font-weight: 600; }
 dd { margin: 0; color: var(--muted); max-width: 44rem; }
-.n { text-align: right; white-space: nowrap; }
+.n { text-align: right; }
+td.n { white-space: nowrap; }
 .bad { color: var(--wrong); }
 .scroll { overflow-x: auto; }
 code { font-size: .88em; overflow-wrap: anywhere; }

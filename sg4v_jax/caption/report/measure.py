@@ -145,15 +145,17 @@ def numbers(caption: Caption) -> tuple[int, ...]:
 
 def _repetition(tokens: Sequence[str]) -> tuple[int, int, bool]:
     """(trigrams, those that were there before, whether there is a loop)."""
-    last: dict[tuple[str, str, str], int] = {}
+    seen: dict[tuple[str, str, str], list[int]] = {}
     trigrams, loop = max(0, len(tokens) - 2), False
     for index, trigram in enumerate(zip(tokens, tokens[1:], tokens[2:], strict=False)):
-        before = last.get(trigram, -1)
-        last[trigram] = index
-        # A loop's first repeated trigram is one period after its first occurrence.
-        if before >= 0 and not loop and index - before <= _LONGEST_PERIOD:
-            loop = _is_loop(tokens, before, index - before)
-    return trigrams, trigrams - len(last), loop
+        if trigram not in seen:
+            seen[trigram] = [index]
+            continue
+        # The trigram that a loop begins with is there again after one period.
+        near = (before for before in seen[trigram] if index - before <= _LONGEST_PERIOD)
+        loop = loop or any(_is_loop(tokens, before, index - before) for before in near)
+        seen[trigram].append(index)
+    return trigrams, trigrams - len(seen), loop
 
 
 def _is_loop(tokens: Sequence[str], start: int, period: int) -> bool:

@@ -57,7 +57,7 @@ def _header(report: Report) -> str:
         characters, words = length_numbers(table, "characters"), length_numbers(table, "words")
         flagged = np.any([table[flag] for flag in FLAGS], axis=0)
         numbers = [
-            (f"{len(table):,}", "captions", f"of {len(captions.sources)} sources{name}"),
+            (f"{len(table):,}", "captions", f"of {_sources(len(captions.sources))}{name}"),
             (f"{characters['mean']:.0f}", "characters", f"on average; median {characters['median']:.0f}"),
             (f"{words['mean']:.0f}", "words", f"on average; median {words['median']:.0f}"),
             (f"{flagged.mean():.1%}", "flagged", "refusals, loops, open ends: see below"),
@@ -116,6 +116,10 @@ def _flags(report: Report) -> str:
         for index, examples in enumerate(report.examples)
         for flag, captions in examples.items()
     )
+
+
+def _sources(count: int) -> str:
+    return f"{count} sources" if count > 1 else "one source"
 
 
 def _of(report: Report, index: int) -> str:

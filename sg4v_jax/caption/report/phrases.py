@@ -59,7 +59,7 @@ _TITLES = (
     "singer|rapper|musician|player|politician|celebrity|athlete|director|character|named|known as|"
     "identified as|portrayed by|played by"
 )
-_NAMED = re.compile(rf"\b(?i:{_TITLES})(?:\.|,)? [A-Z][\w'’\-]+")
+_NAMED = re.compile(rf"\b(?i:(?:mr|mrs|ms|dr|prof)\.|(?:{_TITLES}),?) [A-Z][\w'’\-]+")
 
 KINDS: dict[str, Kind] = {
     "hedge": Kind("what is guessed: seems, appears to, possibly, suggesting, ...", tuple(_HEDGES.split("|"))),
