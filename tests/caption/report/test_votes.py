@@ -4,6 +4,7 @@ import html.parser
 import json
 import pathlib
 import random
+import re
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_page_is_blind_and_its_key_is_not(
     text, key = written.page.read_text(), json.loads(written.key.read_text())
     assert written.key.name == "p.key.json" and written.pairs == 8
     secrets = ("the-dense-one", "the-short-one", "dense.json", "short.jsonl", "coco/", "sam/")
-    assert not any(secret in text.replace("data:image/jpeg;base64", "") for secret in secrets)
+    assert not any(secret in re.sub('base64,[^"]+', "", text) for secret in secrets)
     found = pairs_of(written.page)
     assert found["page"] == key["page"] and key["names"] == ["the-dense-one", "the-short-one"]
     assert key["left"].count(0) == key["left"].count(1) == 4
