@@ -49,10 +49,10 @@ def figures(numbers: Iterable[tuple[str, str, str]]) -> str:
 def table(rows: Sequence[Sequence[str]], *, name: str = "") -> str:
     """A table of texts: the first row is its head, the first cell of a row names it.
 
-    Columns whose cells all begin with a digit or a sign are aligned as numbers.
+    Columns whose cells all begin with a digit or a sign, or are "–" (unknown), are aligned as numbers.
     """
     head, *body = rows
-    numeric = [all(row[i][:1] in "0123456789+-" for row in body) for i in range(len(head))]
+    numeric = [all(row[i][:1] in "0123456789+-–" for row in body) for i in range(len(head))]
     columns = "".join(
         f"<th{' class=n' if i and numeric[i] else ''}>{escape(cell)}</th>" for i, cell in enumerate(head)
     )

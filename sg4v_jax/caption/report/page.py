@@ -53,14 +53,14 @@ def picture(root: str | os.PathLike[str], name: str, side: int = _THUMBNAIL) -> 
 def _header(report: Report) -> str:
     parts = []
     for captions in report.sets:
-        table, name = captions.table, f", {captions.name}" if len(report.sets) > 1 else ""
+        table, name = captions.table, f"{captions.name}, " if len(report.sets) > 1 else ""
         characters, words = length_numbers(table, "characters"), length_numbers(table, "words")
         flagged = np.any([table[flag] for flag in FLAGS], axis=0)
         numbers = [
-            (f"{len(table):,}", "captions", f"of {_sources(len(captions.sources))}{name}"),
+            (f"{len(table):,}", "captions", f"{name}{_sources(len(captions.sources))}"),
             (f"{characters['mean']:.0f}", "characters", f"on average; median {characters['median']:.0f}"),
             (f"{words['mean']:.0f}", "words", f"on average; median {words['median']:.0f}"),
-            (f"{flagged.mean():.1%}", "flagged", "refusals, loops, open ends: see below"),
+            (f"{flagged.mean():.1%}", "flagged", "refusals, loops, open ends, ..."),
         ]
         parts.append(figures(numbers))
     title = " and ".join(f"<em>{escape(captions.name)}</em>" for captions in report.sets)
@@ -78,7 +78,7 @@ def _samples(report: Report) -> str:
     which = f"the {report.common:,} images that both sets have" if report.common else "all captions"
     return (
         f"<section><h2>Samples</h2><p class=note>{len(report.shown)} at random from {which} (seed "
-        f"{report.options.seed}), up to {report.options.each} of each source. Marked are phrases that often "
+        f"{report.options.seed}), spread over the sources. Marked are phrases that often "
         f"go with things which are not in the image: {legend}. A mark is no judgement.</p>{cards}</section>"
     )
 

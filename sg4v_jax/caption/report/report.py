@@ -21,6 +21,7 @@ from sg4v_jax.page.terminal import printable
 
 QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _EXAMPLES = 4  # of each flag
+_LEAST_SHOWN = 12  # samples, where there are so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Options:
 
     Attributes:
       sample: captions whose words are looked at (parts of speech, distinct n-grams, openings).
-      each: samples shown of each source.
+      each: samples shown of each source, at least; more where there are few sources.
       most: samples shown in all.
       seed: of the samples.
     """
 
-    sample: int = 2000
+    sample: int = 1000
     each: int = 3
     most: int = 36
     seed: int = 0
@@ -119,7 +120,8 @@ def make_report(
     else:
         rows = (np.arange(len(sets[0])),)
     orders = [ranked(of.table, at, options.seed) for of, at in zip(sets, rows, strict=True)]
-    shown_rows = by_source(sets[0].table, orders[0], options.each, options.most)
+    each = max(options.each, -(-_LEAST_SHOWN // len(sets[0].sources)))
+    shown_rows = by_source(sets[0].table, orders[0], each, options.most)
     partner = dict(zip(*(order.tolist() for order in orders), strict=True)) if len(sets) == 2 else {}
     shown_of = [shown_rows, [partner[row] for row in shown_rows]] if partner else [shown_rows]
     samples, shown, examples = [], [], []

@@ -26,6 +26,7 @@ mark.person { background: var(--k4); }
 mark.mood { background: var(--k5); }
 .meanings td:nth-child(2) { min-width: 19rem; }
 .sources { font-size: .82rem; }
+.sources th, .sources td { padding-right: .9rem; min-width: 0; }
 h3.gap { margin-top: 1.4rem; }
 .ours th, .ours td { font-weight: 600; }
 td small, th small { display: block; font-weight: 400; }

@@ -170,9 +170,13 @@ def flags(report: Report) -> str:
         for captions in report.sets:
             count = int(captions.table[flag].sum())
             unknown = flag == "cut off" and not captions.states_finished
-            cells.append("not stated" if unknown else f"{count:,} ({count / len(captions):.2%})")
+            cells.append("–" if unknown else f"{count:,} ({count / len(captions):.2%})")
         rows.append([flag, meaning, *cells])
-    return _section("Flags", "What can be wrong with a caption as a text.", table(rows, name="meanings"))
+    return _section(
+        "Flags",
+        "What can be wrong with a caption as a text. – is what the files don't say.",
+        table(rows, name="meanings"),
+    )
 
 
 def sources(report: Report) -> str:

@@ -46,7 +46,7 @@ def test_samples_of_both_sets_are_of_the_same_images(
     two_sets: tuple[pathlib.Path, pathlib.Path], image_root: pathlib.Path
 ) -> None:
     report = make_report([measure([file]) for file in two_sets], image_root)
-    assert report.common == 10 and len(report.shown) == 6
+    assert report.common == 10 and len(report.shown) == 10
     assert all(one.image == two.image for one, two in report.shown)
     assert {one.image.split("/")[0] for one, _ in report.shown} == {"coco", "sam"}
     # Both samples are cut to the same number of words.
