@@ -94,8 +94,8 @@ def paper(report: Report) -> str:
         rows.append([f"this report: {captions.name}", images, "", f"{len(captions):,}", *means])
     return _section(
         "Beside the paper's numbers",
-        "Published: mean characters by the ShareGPT4V paper, mean words by COCONut-PanCap's count of the "
-        "same files.",
+        "Published: mean characters by the ShareGPT4V paper, mean words by the COCONut-PanCap "
+        "paper's table of these datasets.",
         f"{table(rows)}<h3 class=gap>Which caption people prefer</h3>{_preference(report.tally)}",
     )
 
