@@ -38,6 +38,9 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
     # To build a dataset on many machines.
     "beam": ["apache-beam>=2.60,<3"],
+    # Event files for TensorBoard, without TensorFlow; and runs on wandb.ai.
+    "tensorboard": ["tensorboardX>=2.6.5,<3"],
+    "wandb": ["wandb>=0.19,<1"],
     # What the tests compare against; none of it is needed to run the library.
     "test": [
         "pytest>=8",
@@ -46,6 +49,7 @@ EXTRAS = {
         "beartype>=0.19",
         "hypothesis>=6",
         "mistral-common>=1.5",
+        "tensorboardX>=2.6.5,<3",
         # Compiles for TPUs without one: the kernels of each generation, and their cycles.
         "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
         "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",

@@ -3,7 +3,8 @@
 import jax
 
 # Dense bfloat16 FLOP/s of what JAX calls a device (a chip from TPU v4 on), by the start of its
-# `device_kind`; the longest that fits counts. From the vendors' pages (cloud.google.com/tpu/docs; data sheets).
+# `device_kind`; the longest that fits counts. From the vendors' pages (cloud.google.com/tpu/docs) and data
+# sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
