@@ -60,6 +60,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         jax.set_mesh(mesh),
         contextlib.closing(loader.on_devices(mesh)) as batches,
         PreemptionNotice() as notice,
+        contextlib.ExitStack() as stack,
     ):
         setup = set_up(config, model, mesh, num_steps)
         checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
@@ -70,7 +71,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         if jax.process_index() == 0:
             _write_run_files(workdir, config, tokenizer)
             _log_summary(trainable, frozen, num_steps, loader.num_records)
-        recorder = Recorder(workdir, config, setup, timeline, first_step, num_steps)
+        recorder = stack.enter_context(Recorder(workdir, config, setup, timeline, first_step, num_steps))
         meta, preempted = _meta(config, model, tokenizer), False
 
         for step in recorder.steps():
@@ -92,7 +93,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
                 break
         with recorder.waiting(SAVE):
             checkpointer.close()
-        recorder.close()
         _log_counts(batches.get_state()["counts"])
     if preempted:
         log.warning(

@@ -39,11 +39,12 @@ class ProfilerWindow:
         if step + 1 == self._end:
             self.stop()
 
-    def stop(self) -> None:
-        """Writes the trace, if there is one, once the device has done its steps."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Writes the trace, if there is one; once the device has done its steps, or as it is."""
         if self._running:
             self._running = False
-            self._timeline.settle()
+            if wait:
+                self._timeline.settle()
             with self._timeline.waiting(PROFILE):
                 jax.profiler.stop_trace()
             log.info("wrote the trace of steps %d to %d to %s", self._first, self._end - 1, self._directory)

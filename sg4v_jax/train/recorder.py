@@ -129,8 +129,20 @@ class Recorder:
         if self._goodput:
             self._goodput.write(step, self._timeline.seconds, saved=True)
 
-    def close(self) -> None:
-        """Ends what is written. To be called when the last checkpoint is complete."""
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Ends what is written, when the last checkpoint is complete or something has failed.
+
+        Then nothing waits for the device: it may wait itself, for a process that is gone. What was
+        written stays, and a trace is ended, or there could be no other one in this process.
+        """
+        if kind is not None:
+            self._profiler.stop(wait=False)
+            if self._console:
+                self._console.close()
+            return
         self._profiler.stop()
         if self._timeline.steps:
             self._timeline.settle()
