@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -20,7 +19,9 @@ from sg4v_jax.train.profiler import ProfilerWindow
 from sg4v_jax.train.setup import Setup
 from sg4v_jax.train.timeline import DATA, SAVE, STEP, Timeline
 
-log = logging.getLogger(__name__)
+
+# What other numbers are made of. All else that a step returns is written as it is.
+_RAW = ("kind_losses", "kind_tokens", "image_features", "pairs")
 
 
 class Writer(Protocol):
@@ -63,7 +64,7 @@ class Recorder:
         first_step, num_steps: the steps to do are those from the one to below the other.
         """
         self._config, self._setup, self._workdir = config, setup, workdir
-        self._timeline, self._first_step = timeline, first_step
+        self._timeline, self._first_step, self._num_steps = timeline, first_step, num_steps
         self._kinds = kind_names(config.data.sources)
         multipliers = groups.assign(setup.shapes, config.optim.groups)
         trained = {path for path, multiplier in multipliers.items() if multiplier is not None}
@@ -71,14 +72,11 @@ class Recorder:
         self._peak = config.metrics.peak_flops or peak_flops(jax.devices()[0])
         self._main = jax.process_index() == 0
         self._console = writers.Console(config.stage, first_step, num_steps) if self._main else None
-        self._writers = self._open(first_step, num_steps) if self._main else []
+        self._writers = self._open() if self._main else []
         self._goodput = goodput.Goodput(workdir / goodput.FILE_NAME, first_step) if self._main else None
-        profile = config.profile
-        self._profiler = ProfilerWindow(
-            workdir, profile.first_step, profile.num_steps if self._main else 0, timeline
-        )
-        self._steps = range(first_step, num_steps)
-        self._window: list[dict[str, jax.Array]] = []
+        traced = config.profile.num_steps if self._main else 0
+        self._profiler = ProfilerWindow(workdir, config.profile.first_step, traced, timeline)
+        self._window: list[dict[str, Any]] = []
         self._shapes = _Shapes(0, 0)
         # Of the timeline when the window began.
         self._from_steps, self._from_seconds = 0, dict(timeline.seconds)
@@ -86,7 +84,7 @@ class Recorder:
 
     def steps(self) -> Iterator[int]:
         """The steps to do, in front of whoever watches."""
-        for step in self._console or self._steps:
+        for step in self._console or range(self._first_step, self._num_steps):
             with self._profiler.around(step):
                 yield step
         self._profiler.stop()
@@ -103,12 +101,12 @@ class Recorder:
             features = self._setup.model.vision.num_image_tokens
             first_batch.write(self._workdir, batch, tokenizer, features)
 
-    def add(self, step: int, values: dict[str, jax.Array], skipped: int, *, log_now: bool) -> None:
+    def add(self, step: int, values: dict[str, Any], skipped: int, *, log_now: bool) -> None:
         """Counts a step whose results, `values`, may not be there yet; reads and writes them when it is due.
 
         Args:
           step: which.
-          values: the step's metrics.
+          values: the step's metrics, and whatever else is to be written of it.
           skipped: records that this process has left out so far.
           log_now: whether they are due in any case.
         """
@@ -152,14 +150,16 @@ class Recorder:
         for writer in self._writers:
             writer.close()
 
-    def _open(self, first_step: int, num_steps: int) -> list[Writer]:
-        config = self._config
+    def _open(self) -> list[Writer]:
+        config, first_step = self._config, self._first_step
         opened: list[Writer] = [metrics.MetricsFile(self._workdir / metrics.FILE_NAME, first_step)]
         if self._console:
             opened.append(self._console)
-        if config.metrics.tensorboard and first_step < num_steps:
+        if first_step == self._num_steps:
+            return opened  # Nothing left to do.
+        if config.metrics.tensorboard:
             opened.append(writers.TensorBoard(self._workdir, first_step))
-        if config.metrics.wandb_project and first_step < num_steps:
+        if config.metrics.wandb_project:
             fields = config.to_dict()
             opened.append(writers.WeightsAndBiases(self._workdir, config.metrics.wandb_project, fields))
         return opened
@@ -199,13 +199,11 @@ class Recorder:
             for regex, multiplier in self._config.optim.groups
             if multiplier is not None
         }
-        names = ["loss", "accuracy", *(name for name in last if name.startswith("grad_norm"))]
         images = self._images(last)
         return {
-            **{name: float(last[name]) for name in names},
+            **{name: np.asarray(value).item() for name, value in last.items() if name not in _RAW},
             "learning_rate": rate,
             **rates,
-            **{name: int(last[name]) for name in ("tokens", "supervised_tokens", "samples")},
             "images": images,
             "padding_share": 1 - int(last["tokens"]) / self._shapes.positions,
             "empty_slot_share": 1 - images / self._shapes.slots if self._shapes.slots else 0.0,
