@@ -19,7 +19,6 @@ from sg4v_jax.train.profiler import ProfilerWindow
 from sg4v_jax.train.setup import Setup
 from sg4v_jax.train.timeline import DATA, SAVE, STEP, Timeline
 
-
 # What other numbers are made of. All else that a step returns is written as it is.
 _RAW = ("kind_losses", "kind_tokens", "image_features", "pairs")
 
