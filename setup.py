@@ -40,6 +40,9 @@ EXTRAS = {
     "beam": ["apache-beam>=2.60,<3"],
     # To tag the parts of speech of captions; its English model comes along.
     "report": ["HanTa>=1.2,<2"],
+    # Event files for TensorBoard, without TensorFlow; and runs on wandb.ai.
+    "tensorboard": ["tensorboardX>=2.6.5,<3"],
+    "wandb": ["wandb>=0.19,<1"],
     # What the tests compare against; none of it is needed to run the library.
     "test": [
         "pytest>=8",
@@ -49,6 +52,7 @@ EXTRAS = {
         "hypothesis>=6",
         "mistral-common>=1.5",
         "HanTa>=1.2,<2",
+        "tensorboardX>=2.6.5,<3",
         # Compiles for TPUs without one: the kernels of each generation, and their cycles.
         "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
         "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",

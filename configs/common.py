@@ -133,6 +133,9 @@ def base(size: str) -> ConfigDict:
     config.train.loss_chunk = 512
     config.train.log_every = 10
 
+    # `metrics.jsonl` is always written. Peak FLOP/s of a device are for MFU; 0 looks them up.
+    config.metrics = ConfigDict({"tensorboard": False, "wandb_project": "", "peak_flops": 0.0})
+    config.profile = ConfigDict({"first_step": 0, "num_steps": 0})  # a trace of no steps
     config.checkpoint = ConfigDict({"every": 500, "keep": 2})
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     if size == "tiny":

@@ -59,7 +59,10 @@ def random_params(config: ModelConfig, seed: int = 0, std: float = 0.2) -> dict[
 
 
 def random_sample(config: ModelConfig, generator: np.random.Generator, images: int, text: int) -> dict:
-    """A training sample as from `data.sample.make_sample`: text around images, some of it supervised."""
+    """A training sample as from `data.sample.make_sample`: text around images, some of it supervised.
+
+    Samples of an even number of text tokens are of source 0, the others of source 1.
+    """
     features = config.vision.num_image_tokens
     before = int(generator.integers(0, text - 1))
     is_image = np.zeros(text + images * features, np.int32)
@@ -76,6 +79,7 @@ def random_sample(config: ModelConfig, generator: np.random.Generator, images: i
         "loss_weights": supervised.astype(np.float32),
         "is_image": is_image,
         "images": generator.integers(0, 256, (images, size, size, 3), dtype=np.uint8),
+        "source": text % 2,
     }
 
 

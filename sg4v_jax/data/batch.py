@@ -1,13 +1,15 @@
 """The one batch type, from the loader through the train step to benchmarks and plans."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from sg4v_jax.parallel.rules import RULES
+
+MODALITIES = ("text", "image")
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +30,9 @@ class Batch:
         images has empty slots; the vision tower still runs, for the shapes are static.
       image_index: int32[batch, length], which of the row's `slots * num_image_tokens` features a
         position takes, -1 for text.
+      kinds: int32[batch, length], the kind of sample a position belongs to, so that losses can be told
+        apart however samples are packed: `2 * source + 1` if it has an image, else `2 * source`, where
+        sources are numbered in alphabetical order. See `kind_names`.
     """
 
     tokens: Int[Array | np.ndarray, "batch length"]
@@ -37,18 +42,25 @@ class Batch:
     segment_ids: Int[Array | np.ndarray, "batch length"]
     images: UInt8[Array | np.ndarray, "batch slots height width 3"]
     image_index: Int[Array | np.ndarray, "batch length"]
+    kinds: Int[Array | np.ndarray, "batch length"]
+
+
+def kind_names(sources: Iterable[str]) -> list[tuple[str, str]]:
+    """(source, modality) of each of `Batch.kinds`."""
+    return [(source, modality) for source in sorted(sources) for modality in MODALITIES]
 
 
 def from_rows(rows: Sequence[Sequence[Mapping[str, np.ndarray]]], length: int, image_slots: int) -> Batch:
     """A batch of numpy arrays, from the samples of each row.
 
     Args:
-      rows: samples as from `data.sample.make_sample`, which fit into a row together.
+      rows: samples as from `data.sample.make_sample`, which fit into a row together. `source` is the
+        number of a sample's source, 0 if it isn't there.
       length: tokens per row.
       image_slots: images per row.
     """
     shape = (len(rows), length)
-    tokens, targets, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(4))
+    tokens, targets, positions, segment_ids, kinds = (np.zeros(shape, np.int32) for _ in range(5))
     loss_weights, is_image = np.zeros(shape, np.float32), np.zeros(shape, bool)
     images = np.zeros((len(rows), image_slots, *rows[0][0]["images"].shape[1:]), np.uint8)
     for r, row in enumerate(rows):
@@ -61,13 +73,14 @@ def from_rows(rows: Sequence[Sequence[Mapping[str, np.ndarray]]], length: int, i
             is_image[r, start:end] = sample["is_image"]
             positions[r, start:end] = np.arange(end - start)
             segment_ids[r, start:end] = segment
+            kinds[r, start:end] = 2 * sample.get("source", 0) + (len(sample["images"]) > 0)
             images[r, slot : slot + len(sample["images"])] = sample["images"]
             start, slot = end, slot + len(sample["images"])
     # Slots are filled in the order of the samples, and each image has all of its placeholders; so the
     # n-th placeholder of a row takes the row's n-th feature.
     running = np.cumsum(is_image, axis=1, dtype=np.int32) - 1
     image_index = np.where(is_image, running, np.int32(-1))
-    return Batch(tokens, targets, loss_weights, positions, segment_ids, images, image_index)
+    return Batch(tokens, targets, loss_weights, positions, segment_ids, images, image_index, kinds)
 
 
 def to_devices(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:

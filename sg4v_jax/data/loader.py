@@ -158,7 +158,7 @@ class BatchIterator(grain.DatasetIterator):
     def __init__(self, config: LoaderConfig, reader: Reader, shard: tuple[int, int]):
         super().__init__()
         self._config, self._reader, self._shard = config, reader, shard
-        self._rows = config.batch_size // shard[1]
+        self._rows, self._sources = config.batch_size // shard[1], sorted(config.sources)
         self._budgets, self._window = _budgets(config), config.packing_window if config.packing else 1
         self._elements: grain.DatasetIterator | None = None
         self._waiting: list[Element] = []
@@ -168,7 +168,7 @@ class BatchIterator(grain.DatasetIterator):
     def __next__(self) -> Batch:
         if self._pending:
             self._read_again()
-        rows = [[element["sample"] for element in self._next_row()] for _ in range(self._rows)]
+        rows = [[self._sample(element) for element in self._next_row()] for _ in range(self._rows)]
         return from_rows(rows, self._config.form.length, self._config.form.image_slots)
 
     def get_state(self) -> dict[str, Any]:
@@ -208,6 +208,9 @@ class BatchIterator(grain.DatasetIterator):
         self._state = copy.deepcopy(state)
         self._pending: list[int] = self._state.pop("pending")
         self._waiting = []
+
+    def _sample(self, element: Element) -> dict[str, Any]:
+        return element["sample"] | {"source": self._sources.index(element["source"])}
 
     def _next_row(self) -> list[Element]:
         while len(self._waiting) < self._window:

@@ -5,17 +5,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def chunked_cross_entropy(
     hidden: Float[Array, "batch length d"],
     targets: Int[Array | np.ndarray, "batch length"],
-    weights: Float[Array | np.ndarray, "batch length"],
+    counts: Bool[Array | np.ndarray, "batch length"],
     logits: Callable[[Float[Array, "batch chunk d"]], Float[Array, "batch chunk vocab"]],
     chunk: int,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums of the loss and of correct predictions.
+) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
+    """The loss of each position, and whether its prediction is right.
 
     The sequence is cut into chunks whose logits live one at a time, and are computed again in the
     backward pass.
@@ -23,12 +23,12 @@ def chunked_cross_entropy(
     Args:
       hidden: final hidden states.
       targets: token to predict at each position.
-      weights: weight of each position; 0 leaves it out.
+      counts: which positions count; the others' loss and gradient are 0, whatever they hold.
       logits: the output head, giving float32 scores.
       chunk: positions at a time.
 
     Returns:
-      (sum of weighted cross-entropy in nats, sum of weights where the argmax is right).
+      (cross-entropy in nats, whether the argmax is right).
     """
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -40,19 +40,15 @@ def chunked_cross_entropy(
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def step(
-        sums: tuple[Array, Array], inputs: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Array, Array], None]:
-        hidden, targets, weights = inputs
+    def step(_: None, inputs: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        hidden, targets, counts = inputs
         # A position that doesn't count may hold anything, infinities included: select, don't
         # multiply. Before the head, or its gradient would be 0 * inf.
-        scores = logits(jnp.where(weights[..., None] > 0, hidden, 0))
+        scores = logits(jnp.where(counts[..., None], hidden, 0))
         chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(scores, axis=-1) - chosen
-        losses = losses * weights
-        correct = jnp.where(scores.argmax(-1) == targets, weights, 0)
-        return (sums[0] + losses.sum(), sums[1] + correct.sum()), None
+        losses = jnp.where(counts, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
+        return None, (losses, counts & (scores.argmax(-1) == targets))
 
-    zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(step, (zero, zero), (split(hidden), split(targets), split(weights)))
-    return sums
+    _, found = jax.lax.scan(step, None, (split(hidden), split(targets), split(counts)))
+    losses, correct = (jnp.moveaxis(x, 0, 1).reshape(len(targets), -1)[:, :length] for x in found)
+    return losses, correct

@@ -7,13 +7,9 @@ import math
 import os
 import pathlib
 import shutil
-import sys
-import time
-from collections.abc import Iterable
 from typing import Any
 
 import jax
-import tqdm
 from ml_collections import ConfigDict
 
 from sg4v_jax.convert.orbax import FORMAT_VERSION, TOKENIZER
@@ -21,11 +17,11 @@ from sg4v_jax.data.loader import Counts, Loader, dropped
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.parallel.mesh import make_mesh
-from sg4v_jax.train import groups, metrics
+from sg4v_jax.train import groups
 from sg4v_jax.train.checkpoint import Checkpointer
 from sg4v_jax.train.preemption import Preempted, PreemptionNotice
+from sg4v_jax.train.recorder import Recorder
 from sg4v_jax.train.setup import (
-    Setup,
     compile_step,
     loader_config,
     model_config,
@@ -33,6 +29,7 @@ from sg4v_jax.train.setup import (
     resume_or_start,
     set_up,
 )
+from sg4v_jax.train.timeline import DATA, SAVE, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +48,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     Raises:
       Preempted: a process got SIGTERM, and all have saved and stopped after the same step.
     """
+    timeline = Timeline()
     workdir = pathlib.Path(workdir)
     mesh = make_mesh(**config.mesh)
     tokenizer = Tokenizer(required(config.data.tokenizer, "config.data.tokenizer"))
@@ -62,6 +60,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         jax.set_mesh(mesh),
         contextlib.closing(loader.on_devices(mesh)) as batches,
         PreemptionNotice() as notice,
+        contextlib.ExitStack() as stack,
     ):
         setup = set_up(config, model, mesh, num_steps)
         checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
@@ -72,23 +71,28 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         if jax.process_index() == 0:
             _write_run_files(workdir, config, tokenizer)
             _log_summary(trainable, frozen, num_steps, loader.num_records)
-        recorder = _Recorder(workdir, config, setup, first_step)
+        recorder = stack.enter_context(Recorder(workdir, config, setup, timeline, first_step, num_steps))
         meta, preempted = _meta(config, model, tokenizer), False
 
-        for step in _progress(config.stage, first_step, num_steps):
-            batch = next(batches)
+        for step in recorder.steps():
+            with recorder.waiting(DATA):
+                batch = next(batches)
+            recorder.see(step, batch, tokenizer)
             trainable, opt_state, step_metrics = train_step(trainable, opt_state, frozen, batch)
             last = step + 1 == num_steps
             counts = batches.get_state()["counts"]
-            recorder.add(step, step_metrics, batch.tokens.size, dropped(counts), log_now=last)
+            recorder.add(step, step_metrics, dropped(counts), log_now=last)
             preempted = not last and notice.reached(step + 1)
             if last or preempted or (step + 1) % config.checkpoint.every == 0:
                 params = groups.merge(trainable, frozen)
-                checkpointer.save(step + 1, params, opt_state, batches, meta | {"step": step + 1})
+                with recorder.waiting(SAVE):
+                    checkpointer.save(step + 1, params, opt_state, batches, meta | {"step": step + 1})
+                recorder.saved(step + 1)
                 del params  # The next step donates its leaves; nothing else may hold them.
             if preempted:
                 break
-        checkpointer.close()
+        with recorder.waiting(SAVE):
+            checkpointer.close()
         _log_counts(batches.get_state()["counts"])
     if preempted:
         log.warning(
@@ -96,43 +100,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         )
         raise Preempted
     return recorder.latest
-
-
-class _Recorder:
-    """Numbers of the steps, on the main process to `metrics.jsonl`."""
-
-    def __init__(self, workdir: pathlib.Path, config: ConfigDict, setup: Setup, first_step: int):
-        self._every, self._schedule = config.train.log_every, setup.schedule
-        main = jax.process_index() == 0
-        self._file = metrics.MetricsFile(workdir / metrics.FILE_NAME, first_step) if main else None
-        self._start, self._positions = time.perf_counter(), 0
-        self.latest: dict[str, float] = {}
-
-    def add(
-        self, step: int, values: dict[str, jax.Array], positions: int, skipped: int, *, log_now: bool
-    ) -> None:
-        """Counts a step; reads and writes its numbers when they are due."""
-        self._positions += positions
-        if not log_now and (step + 1) % self._every:
-            return
-        # Reading a number waits for the device, so it happens only here.
-        self.latest = {name: float(value) for name, value in values.items()}
-        now = time.perf_counter()
-        self.latest |= {
-            "learning_rate": float(self._schedule(step)),
-            "positions_per_second": self._positions / (now - self._start),
-            "skipped_records": skipped,
-        }
-        self._start, self._positions = now, 0
-        if self._file:
-            self._file.write(step, self.latest)
-
-
-def _progress(stage: str, first_step: int, num_steps: int) -> Iterable[int]:
-    """Steps to do, behind a progress bar where somebody watches."""
-    hidden = jax.process_index() > 0 or not sys.stderr.isatty()
-    steps = range(first_step, num_steps)
-    return tqdm.tqdm(steps, initial=first_step, total=num_steps, desc=stage, disable=hidden)
 
 
 def _meta(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 FILE_NAME = "metrics.jsonl"
+# How names begin of what is measured: no two runs have the same. All else a restarted run repeats.
+MEASURED = ("speed/", "memory/", "goodput/")
 
 
 class MetricsFile:
@@ -23,10 +26,14 @@ class MetricsFile:
             os.replace(temporary, path)
         self._file = path.open("a")
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends the numbers of one step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

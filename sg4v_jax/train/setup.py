@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from sg4v_jax.data.batch import kind_names
 from sg4v_jax.data.loader import LoaderConfig
 from sg4v_jax.data.mixture import Replacement, Source
 from sg4v_jax.data.sample import SampleFormat
@@ -193,6 +194,7 @@ def compile_step(setup: Setup, config: ConfigDict) -> TrainStep:
         loss_chunk=config.train.loss_chunk,
         accumulate=config.train.accumulate,
         reduction=config.train.loss_reduction,
+        kinds=len(kind_names(config.data.sources)),
     )
     trainable_shardings, _ = groups.split(setup.shardings, config.optim.groups)
     out_shardings = (trainable_shardings, setup.opt_shardings, None)

@@ -43,17 +43,47 @@ def normalize_weights(
     return weights / jnp.maximum(per_micro, 1) / weights.shape[0]
 
 
-def make_loss(
-    graphdef: nnx.GraphDef, *, compute_dtype: jnp.dtype, remat: str, loss_chunk: int
-) -> Callable[[Params, Params, Batch], tuple[Array, Array]]:
-    """`loss(trainable, frozen, batch) -> (weighted sum of losses, weighted sum of correct)`."""
+def contents(batch: Batch) -> Metrics:
+    """What a batch holds besides padding.
 
-    def loss(trainable: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
+    Returns:
+      `samples`, `tokens` (positions), `image_features` (positions that take one), and `pairs` of a query
+      and a key that it sees, which are the work of attention.
+    """
+    filled = batch.segment_ids > 0
+    return {
+        "samples": (filled & (batch.positions == 0)).sum(),
+        "tokens": filled.sum(),
+        "image_features": (batch.image_index >= 0).sum(),
+        # More than an int32 holds.
+        "pairs": jnp.where(filled, batch.positions + 1, 0).astype(jnp.float32).sum(),
+    }
+
+
+def make_loss(
+    graphdef: nnx.GraphDef, *, compute_dtype: jnp.dtype, remat: str, loss_chunk: int, kinds: int = 0
+) -> Callable[[Params, Params, Batch], tuple[Array, Metrics]]:
+    """`loss(trainable, frozen, batch) -> (weighted sum of losses, other sums)`.
+
+    The other sums are `accuracy`, the weights of what was predicted right, and over the supervised
+    tokens of each of `kinds` kinds `kind_losses`, their losses, and `kind_tokens`, their number.
+    """
+
+    def loss(trainable: Params, frozen: Params, batch: Batch) -> tuple[Array, Metrics]:
         model = nnx.merge(graphdef, cast(groups.merge(trainable, frozen), compute_dtype))
         hidden = model(
             batch.tokens, batch.positions, batch.segment_ids, batch.images, batch.image_index, remat
         )
-        return chunked_cross_entropy(hidden, batch.targets, batch.loss_weights, model.text.logits, loss_chunk)
+        weights, counts = batch.loss_weights, batch.loss_weights > 0
+        losses, correct = chunked_cross_entropy(hidden, batch.targets, counts, model.text.logits, loss_chunk)
+        # A sum, not a product of matrices: a TPU would round those to bfloat16.
+        is_kind = counts & (batch.kinds == jnp.arange(kinds)[:, None, None])
+        sums = {
+            "accuracy": jnp.where(correct, weights, 0).sum(),
+            "kind_losses": jnp.where(is_kind, losses, 0).sum((1, 2)),
+            "kind_tokens": is_kind.sum((1, 2)),
+        }
+        return (losses * weights).sum(), sums
 
     return loss
 
@@ -67,6 +97,7 @@ def make_train_step(
     loss_chunk: int = 512,
     accumulate: int = 1,
     reduction: str = "token",
+    kinds: int = 0,
 ) -> TrainStep:
     """Builds `train_step(trainable, opt_state, frozen, batch) -> (trainable, opt_state, metrics)`.
 
@@ -78,8 +109,9 @@ def make_train_step(
       loss_chunk: positions whose logits exist at a time.
       accumulate: microbatches per step; rows must divide by it.
       reduction: see `normalize_weights`.
+      kinds: how many of `Batch.kinds` the losses are told apart by.
     """
-    loss = make_loss(graphdef, compute_dtype=compute_dtype, remat=remat, loss_chunk=loss_chunk)
+    loss = make_loss(graphdef, compute_dtype=compute_dtype, remat=remat, loss_chunk=loss_chunk, kinds=kinds)
 
     def train_step(
         trainable: Params, opt_state: Any, frozen: Params, batch: Batch
@@ -94,26 +126,32 @@ def make_train_step(
         supervised = batch.loss_weights.sum()
         weights = normalize_weights(micro.loss_weights, reduction)
 
-        def add(total: tuple[Any, Array, Array], inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+        def add(total: tuple[Any, Array, Metrics], inputs: tuple[Batch, Array]) -> tuple[Any, None]:
             part, weight = inputs
             part = Batch(**{**vars(part), "loss_weights": weight})
-            (value, correct), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, part)
-            return jax.tree.map(jnp.add, total, (grads, value, correct)), None
+            (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, part)
+            return jax.tree.map(jnp.add, total, (grads, value, sums)), None
 
         zero = jnp.zeros((), jnp.float32)
-        start = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable), zero, zero)
+        none = {
+            "accuracy": zero,
+            "kind_losses": jnp.zeros(kinds, jnp.float32),
+            "kind_tokens": jnp.zeros(kinds, jnp.int32),
+        }
+        start = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable), zero, none)
         if accumulate == 1:
             total, _ = add(start, jax.tree.map(lambda x: x[0], (micro, weights)))
         else:
             total, _ = jax.lax.scan(add, start, (micro, weights))
-        grads, value, correct = total
+        grads, value, sums = total
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         metrics = {
             "loss": value,
-            "accuracy": correct,
+            **sums,
             "grad_norm": optax.tree.norm(grads),
+            **{f"grad_norm/{tower}": optax.tree.norm(part) for tower, part in grads.items()},
             "supervised_tokens": supervised,
-            "tokens": (batch.segment_ids > 0).sum(),
+            **contents(batch),
         }
         return optax.apply_updates(trainable, updates), opt_state, metrics
 

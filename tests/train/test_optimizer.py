@@ -147,6 +147,7 @@ def batch_pair(config: ModelConfig, seed: int) -> tuple[dict[str, torch.Tensor],
         segment_ids=segments,
         images=images,
         image_index=image_index,
+        kinds=np.zeros(shape, np.int32),
     )
     labels = np.full(shape, -100)
     labels[:, 1:] = np.where(weights[:, :-1] > 0, targets[:, :-1], -100)

@@ -22,8 +22,6 @@ from tests.conftest import TinyWorld
 
 STEPS, KILLED_IN = 6, 4
 REPOSITORY = pathlib.Path(__file__).parents[2]
-# Timings differ.
-NOT_COMPARED = ("positions_per_second",)
 
 # (packing, threads and worker processes that decode, config file, dataset, steps between checkpoints)
 CASES = {
@@ -76,7 +74,8 @@ def saved(workdir: pathlib.Path, step: int) -> dict[str, dict[str, np.ndarray]]:
 
 def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
     lines = metrics.read(workdir / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name not in NOT_COMPARED} for line in lines]
+    measured = metrics.MEASURED
+    return [{name: v for name, v in line.items() if not name.startswith(measured)} for line in lines]
 
 
 def train_and_die(case: str, world: TinyWorld, workdir: pathlib.Path) -> None:

@@ -50,7 +50,7 @@ def check_gradients(ours: Any, theirs: Any) -> tuple[float, float]:
 def compiled_step(**options: Any) -> Any:
     # Hands the gradients out as the new state: a difference of weights would round them.
     optimizer = optax.GradientTransformation(lambda params: (), lambda grads, state, params: (grads, grads))
-    options = {"compute_dtype": FLOAT32, "loss_chunk": 16, **options}
+    options = {"compute_dtype": FLOAT32, "loss_chunk": 16, "kinds": 4, **options}
     return jit(make_train_step(abstract_model(CONFIG)[0], optimizer, **options))
 
 
@@ -148,7 +148,8 @@ def test_chunks_change_nothing(chunk: int) -> None:
     hidden, targets, weights, head = chunk_inputs()
 
     def chunked(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return chunked_cross_entropy(hidden, targets, weights, lambda x: x @ head, chunk)
+        losses, correct = chunked_cross_entropy(hidden, targets, weights > 0, lambda x: x @ head, chunk)
+        return (losses * weights).sum(), correct
 
     gradient = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))
     (value, correct), found = gradient(hidden, head)
@@ -157,8 +158,8 @@ def test_chunks_change_nothing(chunk: int) -> None:
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
-    right = (np.asarray(hidden @ head).argmax(-1) == targets) * weights
-    np.testing.assert_allclose(correct, right.sum(), rtol=1e-6)
+    right = (np.asarray(hidden @ head).argmax(-1) == targets) & (weights > 0)
+    np.testing.assert_array_equal(correct, right)
 
 
 @pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan])
@@ -168,7 +169,8 @@ def test_what_padding_holds_does_not_matter(poison: float) -> None:
     spoilt = jnp.where(weights[..., None] > 0, hidden, poison)
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return chunked_cross_entropy(hidden, targets, weights, lambda x: x @ head, 5)[0]
+        losses, _ = chunked_cross_entropy(hidden, targets, weights > 0, lambda x: x @ head, 5)
+        return (losses * weights).sum()
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     expected, found = gradient(hidden, head), gradient(spoilt, head)
@@ -221,6 +223,47 @@ def test_packed_samples_are_blind_to_each_other(record_property: Any) -> None:
 def only(batch: Batch, where: np.ndarray) -> Batch:
     """The batch with its losses outside of `where` switched off."""
     return dataclasses.replace(batch, loss_weights=np.where(where, batch.loss_weights, 0).astype(np.float32))
+
+
+# --- What is measured ----------------------------------------------------------------------------
+
+
+def test_losses_by_kind() -> None:
+    """Of samples packed into rows and spread over microbatches, as if each had been alone."""
+    generator = np.random.default_rng(2)
+    counts = ((1, 7), (0, 9), (2, 8), (1, 6), (0, 8), (1, 10))
+    samples = [random_sample(CONFIG, generator, images, text) for images, text in counts]
+    losses = token_losses(packed(samples, length=40, slots=2, packing=False))
+    expected = {kind: [0.0, 0] for kind in range(4)}
+    for (images, text), sample, row in zip(counts, samples, losses, strict=True):
+        found = expected[2 * (text % 2) + (images > 0)]
+        found[0] += row.sum()
+        found[1] += sample["loss_weights"].sum()
+    batch = packed(samples, length=40, slots=2)
+    rows = len(batch.tokens)
+    assert rows < 4 < len(samples), "several samples must share a row"
+    # The shape that other tests have compiled the step for.
+    batch = jax.tree.map(lambda x: np.concatenate([x, np.zeros((4 - rows, *x.shape[1:]), x.dtype)]), batch)
+    batch.image_index[rows:] = -1
+    _, metrics = gradients_of(batch, accumulate=2)
+    np.testing.assert_allclose(metrics["kind_losses"], [loss for loss, _ in expected.values()], rtol=1e-5)
+    assert metrics["kind_tokens"].tolist() == [tokens for _, tokens in expected.values()]
+    assert min(metrics["kind_tokens"]) > 0
+    whole = metrics["kind_losses"].sum() / metrics["supervised_tokens"]
+    np.testing.assert_allclose(metrics["loss"], whole, rtol=1e-6)
+
+
+def test_what_a_batch_holds_and_norms_by_tower() -> None:
+    batch = random_batch(CONFIG, 4)
+    gradients, metrics = gradients_of(batch)
+    samples = [(row == n).sum() for row in batch.segment_ids for n in range(1, row.max() + 1)]
+    assert metrics["samples"] == len(samples) and metrics["tokens"] == sum(samples)
+    assert metrics["pairs"] == sum(n * (n + 1) // 2 for n in samples)
+    features = CONFIG.vision.num_image_tokens
+    assert metrics["image_features"] == features * (batch.images.reshape(8, -1).max(1) > 0).sum()
+    for tower in ("vision", "projector", "text"):
+        norm = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(gradients[tower])))
+        np.testing.assert_allclose(metrics[f"grad_norm/{tower}"], norm, rtol=1e-6)
 
 
 # --- Freezing, remat, precision ------------------------------------------------------------------
