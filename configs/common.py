@@ -132,8 +132,14 @@ def base(size: str) -> ConfigDict:
     config.train.remat = "full"
     config.train.loss_chunk = 512
     config.train.log_every = 10
+    # A step whose loss or gradients are NaN or infinite changes nothing. `skip` goes on to the next, unless
+    # so many come in a row; `stop` ends the run. Then the batch is in WORKDIR/nonfinite.
+    config.train.nonfinite = "skip"
+    config.train.nonfinite_in_a_row = 10
 
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    # The newest `keep` are kept, and for good those of steps that divide by `keep_every` (0: none). A save
+    # that would have to wait `max_wait` seconds for the one before it is left out.
+    config.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0, "max_wait": 60.0})
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     if size == "tiny":
         _shrink(config)
@@ -173,4 +179,3 @@ def _shrink(config: ConfigDict) -> None:
     config.train.remat = "none"
     config.train.loss_chunk = 512
     config.checkpoint.every = 1000
-    config.checkpoint.keep = 1

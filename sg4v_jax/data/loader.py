@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -117,6 +118,21 @@ class Loader:
         per_record = rows / max(1, placed) * len(sizes) / len(found)
         return max(1, math.ceil(epoch * per_record / config.batch_size))
 
+    def samples(self, state: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """Which samples are in this process's part of a batch; it reads them again.
+
+        Args:
+          state: of the iterator, before the batch.
+
+        Returns:
+          For each row its samples: `source`, `record` (index in it), `id`, and whether it was `replaced`.
+        """
+        config = dataclasses.replace(self._config, num_workers=0)
+        with contextlib.closing(BatchIterator(config, self._reader, self.shard)) as batches:
+            batches.set_state(state)
+            rows = batches.next_rows()
+        return [[self._reader.describe(element["position"]) for element in row] for row in rows]
+
     def resharded(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The state with which this process goes on where processes of another number stopped.
 
@@ -166,10 +182,14 @@ class BatchIterator(grain.DatasetIterator):
         self._reset(_first_state(reader, shard))
 
     def __next__(self) -> Batch:
+        rows = [[element["sample"] for element in row] for row in self.next_rows()]
+        return from_rows(rows, self._config.form.length, self._config.form.image_slots)
+
+    def next_rows(self) -> list[list[Element]]:
+        """What the next batch is made of."""
         if self._pending:
             self._read_again()
-        rows = [[element["sample"] for element in self._next_row()] for _ in range(self._rows)]
-        return from_rows(rows, self._config.form.length, self._config.form.image_slots)
+        return [self._next_row() for _ in range(self._rows)]
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able; the position after the last batch, and the counts until there."""

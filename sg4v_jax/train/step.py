@@ -70,6 +70,9 @@ def make_train_step(
 ) -> TrainStep:
     """Builds `train_step(trainable, opt_state, frozen, batch) -> (trainable, opt_state, metrics)`.
 
+    If the loss or the gradients are not finite, parameters and state come back as they were, and the
+    metric `nonfinite` is 1.
+
     Args:
       graphdef: the model's structure; see `models.sharegpt4v.abstract_model`.
       optimizer: see `train.optimizer`.
@@ -107,14 +110,23 @@ def make_train_step(
         else:
             total, _ = jax.lax.scan(add, start, (micro, weights))
         grads, value, correct = total
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        updates, new_opt_state = optimizer.update(grads, opt_state, trainable)
+        grad_norm = optax.tree.norm(grads)
+        # A step that is not finite changes nothing, whatever the optimizer made of it (train.nonfinite).
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        new_trainable, new_opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(trainable, updates), new_opt_state),
+            (trainable, opt_state),
+        )
         metrics = {
             "loss": value,
             "accuracy": correct,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
+            "nonfinite": 1 - finite.astype(jnp.int32),
             "supervised_tokens": supervised,
             "tokens": (batch.segment_ids > 0).sum(),
         }
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        return new_trainable, new_opt_state, metrics
 
     return train_step
