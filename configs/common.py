@@ -104,6 +104,8 @@ def base(size: str) -> ConfigDict:
     config.data.packing_window = 128
     config.data.num_threads = 16
     config.data.num_workers = 0
+    # Seconds without a record after which worker processes are taken for stuck, and started again.
+    config.data.worker_timeout = 600.0
     config.data.prefetch = 2
     # `share` of the caption records of `source` are replaced by those of `directory` with the same image.
     config.data.replace = ConfigDict(

@@ -80,7 +80,9 @@ class Killer:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def live(config: ConfigDict, workdir: pathlib.Path, killer: Killer | None, environment: dict[str, str]) -> None:
+def live(
+    config: ConfigDict, workdir: pathlib.Path, killer: Killer | None, environment: dict[str, str]
+) -> None:
     """A life: trains until it is killed or done. Never returns."""
     code = 1
     try:
