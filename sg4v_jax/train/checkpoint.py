@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,6 +51,8 @@ class Checkpointer:
         policies: list[Any] = [preservation_policy.LatestN(keep)]
         if keep_every:
             policies.append(preservation_policy.EveryNSteps(keep_every))
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         self._manager = ocp.CheckpointManager(
             self._directory,
             item_handlers={
@@ -169,7 +172,10 @@ class Checkpointer:
           OSError: it failed.
         """
         self._needed = True
-        self._finish(wait=None)
+        try:
+            self._finish(wait=None)
+        finally:
+            sys.unraisablehook = self._hook
         self._manager.close()
 
     def _finish(self, wait: float | None) -> bool:
@@ -200,6 +206,11 @@ class Checkpointer:
             busy = bool(multihost_utils.broadcast_one_to_all(np.array(busy)))
         return not busy
 
+    def _unraisable(self, found: "sys.UnraisableHookArgs") -> None:
+        """When one write fails, Orbax closes the loop that the others report to; each then complains."""
+        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+            self._hook(found)
+
     def _failed(self, error: Exception | None) -> None:
         """Removes what there is of the failed save, and tells."""
         step, self._saving = self._saving, None
@@ -226,8 +237,6 @@ class Checkpointer:
         if step == 0 and not manifest.has_manifest(path):
             return []  # A converted model; it is for the caller to refuse it.
         found = manifest.problems(path, share=(jax.process_index(), jax.process_count()))
-        if not found and step not in self._manager.all_steps():
-            found = [f"{path} lacks Orbax's mark that it is complete"]
         if _any_process(bool(found)):
             return found or [f"{path} is damaged; another process says where"]
         return []
