@@ -1,6 +1,6 @@
 """What a save costs the loop, and what the manifest costs a save and a restart.
 
-    python benchmarks/checkpoint.py --megabytes=512
+python benchmarks/checkpoint.py --megabytes=512
 """
 
 import argparse
@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=512)
     arguments = parser.parse_args()
     keys = jax.random.split(jax.random.key(0), 16)
-    params = {f"{i:02d}": jax.random.normal(key, (arguments.megabytes // 16, 1 << 18)) for i, key in enumerate(keys)}
+    params = {
+        f"{i:02d}": jax.random.normal(key, (arguments.megabytes // 16, 1 << 18)) for i, key in enumerate(keys)
+    }
     jax.block_until_ready(params)
     data = iter(grain.MapDataset.source([0, 1]).to_iter_dataset(grain.ReadOptions(num_threads=0)))
     workdir = pathlib.Path(tempfile.mkdtemp(prefix="sg4v-checkpoint-"))
@@ -55,7 +57,13 @@ def main() -> None:
             count = {"count": jax.ShapeDtypeStruct((), jnp.float32)}
             jax.block_until_ready(again.restore(step, shapes, count, data, lambda states: states[0]))
             restore = time.perf_counter() - start
-            row = {"save": whole, "loop held up": blocked, "manifest": listing[-1], "check": check, "restore": restore}
+            row = {
+                "save": whole,
+                "loop held up": blocked,
+                "manifest": listing[-1],
+                "check": check,
+                "restore": restore,
+            }
             rows.append({name: round(seconds, 3) for name, seconds in row.items()})
     finally:
         shutil.rmtree(workdir)

@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
             last = step + 1 == num_steps
             given_up = skipped.add(step, step_metrics, batch, data_state)
             data_state = batches.get_state()
-            numbers = step_metrics | {"skipped_steps": skipped.total}
+            numbers: dict[str, Any] = {**step_metrics, "skipped_steps": skipped.total}
             recorder.add(step, numbers, batch.tokens.size, dropped(data_state["counts"]), log_now=last)
             preempted = not last and notice.reached(step + 1)
             if last or preempted or given_up or (step + 1) % config.checkpoint.every == 0:

@@ -126,7 +126,8 @@ class NonFiniteSteps:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **{key: _local(leaf) for key, leaf in vars(step.batch).items()})
+            arrays: dict[str, Any] = {key: _local(leaf) for key, leaf in vars(step.batch).items()}
+            np.savez_compressed(file, **arrays)
         os.replace(temporary, path)
         temporary.write_text(json.dumps(about, indent=2) + "\n")
         os.replace(temporary, path.with_suffix(".json"))

@@ -129,7 +129,7 @@ def _watch(killer: Killer) -> None:
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, processes: int, killer: Killer | None) -> list[int]:
-    """A life of all processes; their exit codes, negative for a signal."""
+    """A life of all processes; their exit codes in the order of their ends, negative for a signal."""
     environments: list[dict[str, str]] = [{}]
     if processes > 1:
         with socket.socket() as free:
@@ -153,7 +153,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, processes: int, killer: Kille
             time.sleep(random.uniform(0, 0.2) if processes > 1 else 0)
             for other in set(pids) - set(codes):
                 os.kill(other, signal.SIGKILL)
-    return [codes[pid] for pid in pids]
+    return list(codes.values())
 
 
 def damage(checkpoint: pathlib.Path, kind: str) -> str:
@@ -211,7 +211,7 @@ def torment(
         count = 1 if phase == "start" else random.choice((1, 2, 3))
         delay = random.uniform(0, {"start": 10, "step": 1, "save": 1.5}[phase] * scale)
         codes = run(config, workdir, processes, Killer(phase, count, delay))
-        if -signal.SIGKILL not in codes:
+        if codes[0] != -signal.SIGKILL:
             raise RuntimeError(f"a life ended with {codes} before it was killed: {workdir}.log")
         killed += 1
         event |= {"phase": phase, "delay": round(delay, 3), "checkpoints": steps(workdir)}
