@@ -104,6 +104,8 @@ def base(size: str) -> ConfigDict:
     config.data.packing_window = 128
     config.data.num_threads = 16
     config.data.num_workers = 0
+    # Seconds without a record after which worker processes are taken for stuck, and started again.
+    config.data.worker_timeout = 600.0
     config.data.prefetch = 2
     # `share` of the caption records of `source` are replaced by those of `directory` with the same image.
     config.data.replace = ConfigDict(
@@ -132,11 +134,17 @@ def base(size: str) -> ConfigDict:
     config.train.remat = "full"
     config.train.loss_chunk = 512
     config.train.log_every = 10
+    # A step whose loss or gradients are NaN or infinite changes nothing. `skip` goes on to the next, unless
+    # so many come in a row; `stop` ends the run. Then the batch is in WORKDIR/nonfinite.
+    config.train.nonfinite = "skip"
+    config.train.nonfinite_in_a_row = 10
 
     # `metrics.jsonl` is always written. Peak FLOP/s of a device are for MFU; 0 looks them up.
     config.metrics = ConfigDict({"tensorboard": False, "wandb_project": "", "peak_flops": 0.0})
     config.profile = ConfigDict({"first_step": 0, "num_steps": 0})  # a trace of no steps
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    # The newest `keep` are kept, and for good those of steps that divide by `keep_every` (0: none). A save
+    # that would have to wait `max_wait` seconds for the one before it is left out.
+    config.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0, "max_wait": 60.0})
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     if size == "tiny":
         _shrink(config)
@@ -176,4 +184,3 @@ def _shrink(config: ConfigDict) -> None:
     config.train.remat = "none"
     config.train.loss_chunk = 512
     config.checkpoint.every = 1000
-    config.checkpoint.keep = 1

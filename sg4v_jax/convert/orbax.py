@@ -8,6 +8,7 @@ converted from elsewhere is a run that has taken no step: `params` and `meta` on
 import asyncio
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -15,7 +16,7 @@ import pathlib
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax.traverse_util import unflatten_dict
 
+from sg4v_jax.convert import manifest
 from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.convert.checkpoint import Checkpoint, Usage
 from sg4v_jax.convert.files import Stream
@@ -51,6 +53,7 @@ def read_meta(directory: pathlib.Path, step: int | None = None) -> dict[str, Any
     """The `meta` item: model shapes, template, step, tokenizer hash and the run's config."""
     with _manager(directory) as manager:
         step = _step(manager, directory, step)
+        _check(directory, step, "meta")
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     if meta["format_version"] != FORMAT_VERSION:
         raise ValueError(
@@ -68,12 +71,14 @@ def load_run(directory: pathlib.Path, step: int | None = None) -> ModelBundle:
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
+      DamagedCheckpoint: if its files are not as they were written; says which older one is good.
     """
     meta = read_meta(directory, step)
     config = ModelConfig.from_dict(meta["model"])
     _, shapes, _ = abstract_model(config)
     with _manager(directory) as manager:
         step = _step(manager, directory, step)
+        _check(directory, step, "params")
         # As host arrays: where they go is for whoever uses them to say.
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         restore = ocp.args.PyTreeRestore(shapes, restore_args=on_host)
@@ -97,12 +102,17 @@ def open_run(directory: pathlib.Path, step: int | None = None) -> Checkpoint:
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
+      DamagedCheckpoint: if files have not the size they were written with; or, when the first tensor is
+        read, if they hold something else. Says which older checkpoint is good.
     """
     meta = read_meta(directory, step)
     config = ModelConfig.from_dict(meta["model"])
     with _manager(directory) as manager:
-        params = directory / CHECKPOINTS / str(_step(manager, directory, step)) / "params"
-    stacks = {path: _Stack(params, path, shape) for path, shape in param_shapes(config).items()}
+        found = _step(manager, directory, step)
+    _check(directory, found, "params", checksums=False)
+    params = directory / CHECKPOINTS / str(found) / "params"
+    check = functools.cache(lambda: _check(directory, found, "params"))
+    stacks = {path: _Stack(params, path, shape, check) for path, shape in param_shapes(config).items()}
     tensors: dict[str, Tensor] = {}
     for entry in entries(config):
         stack = stacks[entry.path]
@@ -260,7 +270,8 @@ class _LazyParamHandler(ocp.type_handlers.NumpyHandler):
 class _Stack:
     """A parameter in a checkpoint's files, read layer by layer."""
 
-    def __init__(self, params: pathlib.Path, path: Path, shape: tuple[int, ...]):
+    def __init__(self, params: pathlib.Path, path: Path, shape: tuple[int, ...], check: Callable[[], None]):
+        self._check = check
         kvstore = {"driver": "ocdbt", "base": f"file://{params.resolve()}/", "path": ".".join(path) + "/"}
         self._store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
         self.shape, self.dtype = shape, np.dtype(self._store.dtype.numpy_dtype)
@@ -269,6 +280,7 @@ class _Stack:
 
     def read(self, layer: int | None) -> np.ndarray:
         """One layer, or for None the whole parameter, which then has no layers."""
+        self._check()
         if layer is None:
             return self._read(self._store)
         count = self._layers_at_once()
@@ -323,6 +335,21 @@ def _manager(directory: pathlib.Path) -> ocp.CheckpointManager:
         item_names=("params", "opt_state", "data", "meta"),
         options=ocp.CheckpointManagerOptions(read_only=True),
     )
+
+
+def _check(directory: pathlib.Path, step: int, item: str, *, checksums: bool = True) -> None:
+    """Raises if an item of a run's checkpoint is damaged. Converted models have no list of their files."""
+    path = directory / CHECKPOINTS / str(step)
+    if step == 0 and not manifest.has_manifest(path):
+        return
+    if found := manifest.problems(path, items=(item,), checksums=checksums):
+        older = sorted((int(p.name) for p in path.parent.iterdir() if p.name.isdigit()), reverse=True)
+        good = (n for n in older if n < step and not manifest.problems(path.with_name(str(n)), items=(item,)))
+        if (best := next(good, None)) is None:
+            advice = "no older checkpoint is good"
+        else:
+            advice = f"step {best} is good; to use it, move {path} away (training does so when it goes on)"
+        raise manifest.DamagedCheckpoint(f"the checkpoint {path} is damaged", [*found, advice])
 
 
 def _step(manager: ocp.CheckpointManager, directory: pathlib.Path, step: int | None) -> int:

@@ -2,16 +2,20 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import math
+import multiprocessing
 import operator
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import grain
@@ -32,6 +36,13 @@ Counts = dict[str, dict[str, int]]
 USED = ("used", "replaced", "cut")
 """What the counts of a source say of records that were used; every other key is a reason why one was not."""
 
+# Grain's name for its processes.
+_WORKER_NAME = "grain-process-prefetch"
+_MAX_RESTARTS = 2
+# A worker has to import this library first.
+_START_FACTOR = 10
+_GRACE_SECONDS = 300
+
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
@@ -48,6 +59,8 @@ class LoaderConfig:
       num_threads: threads that decode, in each worker or in this process.
       num_workers: processes that decode; 0 does it in this one.
       prefetch: batches held ready on the devices.
+      worker_timeout: seconds without a record after which worker processes are taken for stuck and started
+        again; ten times as many for their start.
       replacement: captions to replace.
     """
 
@@ -60,6 +73,7 @@ class LoaderConfig:
     num_threads: int
     num_workers: int = 0
     prefetch: int = 2
+    worker_timeout: float = 600.0
     replacement: Replacement | None = None
 
 
@@ -117,6 +131,21 @@ class Loader:
         per_record = rows / max(1, placed) * len(sizes) / len(found)
         return max(1, math.ceil(epoch * per_record / config.batch_size))
 
+    def samples(self, state: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """Which samples are in this process's part of a batch; it reads them again.
+
+        Args:
+          state: of the iterator, before the batch.
+
+        Returns:
+          For each row its samples: `source`, `record` (index in it), `id`, and whether it was `replaced`.
+        """
+        config = dataclasses.replace(self._config, num_workers=0)
+        with contextlib.closing(BatchIterator(config, self._reader, self.shard)) as batches:
+            batches.set_state(state)
+            rows = batches.next_rows()
+        return [[self._reader.describe(element["position"]) for element in row] for row in rows]
+
     def resharded(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The state with which this process goes on where processes of another number stopped.
 
@@ -162,14 +191,18 @@ class BatchIterator(grain.DatasetIterator):
         self._budgets, self._window = _budgets(config), config.packing_window if config.packing else 1
         self._elements: grain.DatasetIterator | None = None
         self._waiting: list[Element] = []
-        self._dropped_in_a_row = 0
+        self._dropped_in_a_row, self._starting = 0, False
         self._reset(_first_state(reader, shard))
 
     def __next__(self) -> Batch:
+        rows = [[self._sample(element) for element in row] for row in self.next_rows()]
+        return from_rows(rows, self._config.form.length, self._config.form.image_slots)
+
+    def next_rows(self) -> list[list[Element]]:
+        """What the next batch is made of."""
         if self._pending:
             self._read_again()
-        rows = [[self._sample(element) for element in self._next_row()] for _ in range(self._rows)]
-        return from_rows(rows, self._config.form.length, self._config.form.image_slots)
+        return [self._next_row() for _ in range(self._rows)]
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able; the position after the last batch, and the counts until there."""
@@ -197,14 +230,15 @@ class BatchIterator(grain.DatasetIterator):
     def close(self) -> None:
         """Ends threads and worker processes."""
         super().close()
+        self._close_elements()
+
+    def _close_elements(self) -> None:
         if self._elements is not None:
             self._elements.close()
             self._elements = None
 
     def _reset(self, state: dict[str, Any]) -> None:
-        if self._elements is not None:
-            self._elements.close()
-            self._elements = None
+        self._close_elements()
         self._state = copy.deepcopy(state)
         self._pending: list[int] = self._state.pop("pending")
         self._waiting = []
@@ -230,21 +264,60 @@ class BatchIterator(grain.DatasetIterator):
         return row
 
     def _next_element(self) -> Element:
-        if self._elements is None:
-            self._elements = self._open()
-        try:
-            element = next(self._elements)
-        except RuntimeError as error:
-            if "Worker process was terminated" not in str(error):
-                raise
-            self.close()
-            raise RuntimeError(
-                f"a data worker process died ({error.args[0].split('. ')[0]}). Was it out of memory? Try "
-                "fewer data.num_workers or data.num_threads; the run resumes from its last checkpoint"
-            ) from error
+        for restarts in itertools.count():
+            if self._elements is None:
+                self._elements = self._open()
+            try:
+                with self._watched():
+                    element = next(self._elements)
+                self._starting = False
+                break
+            except RuntimeError as error:
+                if "Worker process was terminated" not in str(error):
+                    raise
+                self._restart(error, restarts)
         self._state["read"] += 1
         # Out of the workers' shared memory, of which there may be little.
         return jax.tree.map(_own, element) if self._config.num_workers else element
+
+    def _restart(self, error: RuntimeError, restarts: int) -> None:
+        """Ends the workers; new ones go on at the same element, so the order stays what it was."""
+        self._close_elements()
+        what = f"a data worker process died ({error.args[0].split('. ')[0]})"
+        if restarts >= _MAX_RESTARTS:
+            raise RuntimeError(
+                f"{what}, {restarts + 1} times at the same record. Was it out of memory, or is a file system "
+                "stuck? Try fewer data.num_workers or data.num_threads; the run resumes from its last "
+                "checkpoint"
+            ) from error
+        log.warning("%s; it is started again at the same record", what)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Kills the workers if they bring nothing for too long; Grain then says that one died."""
+        if not self._config.num_workers:
+            yield
+            return
+        seconds = self._config.worker_timeout * (_START_FACTOR if self._starting else 1)
+        timer = threading.Timer(seconds, self._kill_workers, (seconds,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _kill_workers(self, seconds: float) -> None:
+        workers = [
+            child for child in multiprocessing.active_children() if child.name.startswith(_WORKER_NAME)
+        ]
+        log.error(
+            "no record came from %d data workers for %.0f s (config.data.worker_timeout): they are killed",
+            len(workers),
+            seconds,
+        )
+        for worker in workers:
+            worker.kill()
 
     def _drop(self, element: Element) -> None:
         if self._count(element, element["dropped"]) == 1:
@@ -272,7 +345,7 @@ class BatchIterator(grain.DatasetIterator):
 
     def _open(self) -> grain.DatasetIterator:
         """The elements from where the state says on."""
-        config, state = self._config, self._state
+        config, state, self._starting = self._config, self._state, True
         samples = _Elements(self._reader, state["leftover"], state["start"], self._shard, state["read"])
         buffer = max(2 * config.num_threads, 1)
         elements = grain.MapDataset.source(samples).to_iter_dataset(
@@ -314,10 +387,17 @@ class _Worker:
         self._parent = parent
 
     def __call__(self, index: int, count: int) -> None:
-        # Ctrl-C is the loader's to handle; and no worker ever touches an accelerator.
+        # Ctrl-C and a notice of preemption may come to all processes of a job, and are the loader's to
+        # handle: it needs records until all hosts have stopped. No worker ever touches an accelerator.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._leave_later)
         jax.config.update("jax_platforms", "cpu")
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def _leave_later(self, number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
 
     def _watch(self) -> None:
         while os.getppid() == self._parent:

@@ -79,6 +79,17 @@ class Reader:
             return None
         return len(encoded.tokens), encoded.images
 
+    def describe(self, position: int) -> dict[str, Any]:
+        """Which record a position holds: `source`, `record` (index in it), `id`, `replaced`."""
+        place = self.mixture[position]
+        record, _ = self._read(place)
+        return {
+            "source": place.source,
+            "record": place.record,
+            "id": record.id,
+            "replaced": place.replaced,
+        }
+
     def _read(self, place: Place) -> tuple[Record, list[bytes]]:
         dataset = self._captions if place.replaced else self._datasets[place.source]
         return build.decode_example(dataset[place.record], source=place.source, index=place.record)

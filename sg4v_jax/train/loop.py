@@ -6,19 +6,19 @@ import logging
 import math
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from sg4v_jax.convert.orbax import FORMAT_VERSION, TOKENIZER
+from sg4v_jax.convert.orbax import FORMAT_VERSION, TOKENIZER, read_meta
 from sg4v_jax.data.loader import Counts, Loader, dropped
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.parallel.mesh import make_mesh
 from sg4v_jax.train import groups
 from sg4v_jax.train.checkpoint import Checkpointer
+from sg4v_jax.train.nonfinite import NonFinite, NonFiniteSteps
 from sg4v_jax.train.preemption import Preempted, PreemptionNotice
 from sg4v_jax.train.recorder import Recorder
 from sg4v_jax.train.setup import (
@@ -47,6 +47,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
 
     Raises:
       Preempted: a process got SIGTERM, and all have saved and stopped after the same step.
+      NonFinite: too many steps had a loss or gradients that are NaN or infinite; state saved.
+      DamagedCheckpoint: there are checkpoints, and none is good.
+      OSError: the last save failed, or too many in a row.
     """
     timeline = Timeline()
     workdir = pathlib.Path(workdir)
@@ -63,7 +66,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         contextlib.ExitStack() as stack,
     ):
         setup = set_up(config, model, mesh, num_steps)
-        checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
+        checkpointer = Checkpointer(workdir, **_checkpoint_options(config))
         first_step, trainable, opt_state, frozen = resume_or_start(
             setup, config, checkpointer, batches, loader.resharded
         )
@@ -73,33 +76,56 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
             _log_summary(trainable, frozen, num_steps, loader.num_records)
         recorder = stack.enter_context(Recorder(workdir, config, setup, timeline, first_step, num_steps))
         meta, preempted = _meta(config, model, tokenizer), False
+        skipped = NonFiniteSteps(
+            config.train, workdir, loader, read_meta(workdir, first_step) if first_step else {}
+        )
 
+        data_state = batches.get_state()
         for step in recorder.steps():
             with recorder.waiting(DATA):
                 batch = next(batches)
             recorder.see(step, batch, tokenizer)
             trainable, opt_state, step_metrics = train_step(trainable, opt_state, frozen, batch)
             last = step + 1 == num_steps
-            counts = batches.get_state()["counts"]
-            recorder.add(step, step_metrics, dropped(counts), log_now=last)
+            given_up = skipped.add(step, step_metrics, batch, data_state)
+            data_state = batches.get_state()
+            numbers: dict[str, Any] = {**step_metrics, "skipped_steps": skipped.total}
+            recorder.add(step, numbers, dropped(data_state["counts"]), log_now=last)
             preempted = not last and notice.reached(step + 1)
-            if last or preempted or (step + 1) % config.checkpoint.every == 0:
+            if last or preempted or given_up or (step + 1) % config.checkpoint.every == 0:
+                given_up = skipped.finish() or given_up
                 params = groups.merge(trainable, frozen)
+                about = meta | skipped.counts | {"step": step + 1}
+                needed = last or preempted or given_up
                 with recorder.waiting(SAVE):
-                    checkpointer.save(step + 1, params, opt_state, batches, meta | {"step": step + 1})
+                    checkpointer.save(step + 1, params, opt_state, batches, about, needed=needed)
                 recorder.saved(step + 1)
                 del params  # The next step donates its leaves; nothing else may hold them.
-            if preempted:
+            if preempted or given_up:
                 break
         with recorder.waiting(SAVE):
             checkpointer.close()
         _log_counts(batches.get_state()["counts"])
+    if skipped.error:
+        raise NonFinite(skipped.error)
     if preempted:
         log.warning(
             "told to stop: saved step %d of %d; the same command goes on from it", step + 1, num_steps
         )
         raise Preempted
     return recorder.latest
+
+
+def _checkpoint_options(config: ConfigDict) -> dict[str, Any]:
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    if every < 1 or config.checkpoint.keep < 1:
+        raise ValueError("config.checkpoint.every and config.checkpoint.keep must be at least 1")
+    if keep_every % every:
+        raise ValueError(
+            f"config.checkpoint.keep_every={keep_every} is no multiple of config.checkpoint.every={every}: "
+            "hardly any checkpoint would have such a step"
+        )
+    return {name: config.checkpoint[name] for name in ("keep", "keep_every", "max_wait")}
 
 
 def _meta(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -117,9 +143,24 @@ def _meta(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> dict[
 
 def _write_run_files(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
+    _write(workdir / "config.json", config.to_json_best_effort(indent=2).encode())
     if not (workdir / TOKENIZER).exists():
-        shutil.copyfile(tokenizer.path, workdir / TOKENIZER)
+        _write(workdir / TOKENIZER, pathlib.Path(tokenizer.path).read_bytes())
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    """The file appears whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # A write that fails, for want of room, doesn't say where.
+        raise OSError(error.errno, f"{error.strerror}: make room there", os.fspath(path)) from error
 
 
 def _log_counts(counts: Counts) -> None:

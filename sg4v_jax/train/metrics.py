@@ -1,10 +1,13 @@
 """Where a run's numbers go: one JSON object per line, which is also what reports read."""
 
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 # How names begin of what is measured: no two runs have the same. All else a restarted run repeats.
@@ -24,12 +27,21 @@ class MetricsFile:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, path)
-        self._file = path.open("a")
+        self._path, self._file, self._unwritten = path, path.open("ab", buffering=0), b""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends the numbers of one step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Appends the numbers of one step; what a full disk does not take, the next call writes."""
+        failed_before = bool(self._unwritten)
+        self._unwritten += (json.dumps({"step": step, **values}) + "\n").encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+        except OSError as error:
+            if not failed_before:
+                log.error(
+                    "%s can't be written (%s): make room there; lines are kept until it works again",
+                    *(self._path, error.strerror),
+                )
 
     def close(self) -> None:
         """Ends the file."""

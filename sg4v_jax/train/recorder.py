@@ -241,14 +241,15 @@ class Recorder:
 def losses_by_kind(window: list[dict[str, Any]], kinds: list[tuple[str, str]]) -> dict[str, float]:
     """Mean loss per supervised token of each source and each modality, over the steps of a window.
 
-    A source none of whose samples came by is left out.
+    A source none of whose samples came by is left out, and so are steps that were not finite.
 
     Args:
-      window: metrics of the steps, with `kind_losses` and `kind_tokens`.
+      window: metrics of the steps, with `kind_losses`, `kind_tokens` and `nonfinite`.
       kinds: see `data.batch.kind_names`.
     """
-    losses = np.stack([step["kind_losses"] for step in window]).astype(np.float64).sum(0)
-    tokens = np.stack([step["kind_tokens"] for step in window]).sum(0)
+    finite = [step for step in window if not step["nonfinite"]]
+    losses = sum((step["kind_losses"].astype(np.float64) for step in finite), np.zeros(len(kinds)))
+    tokens = sum((step["kind_tokens"] for step in finite), np.zeros(len(kinds), np.int64))
     found = {}
     names = [("source", source) for source in dict.fromkeys(source for source, _ in kinds)]
     for axis, name in [*names, *(("modality", modality) for modality in MODALITIES)]:

@@ -126,6 +126,7 @@ def loader_config(config: ConfigDict, model: ModelConfig) -> LoaderConfig:
         num_threads=data.num_threads,
         num_workers=data.num_workers,
         prefetch=data.prefetch,
+        worker_timeout=data.worker_timeout,
         replacement=Replacement(**replace) if replace.share else None,
     )
 

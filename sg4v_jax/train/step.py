@@ -101,6 +101,9 @@ def make_train_step(
 ) -> TrainStep:
     """Builds `train_step(trainable, opt_state, frozen, batch) -> (trainable, opt_state, metrics)`.
 
+    If the loss or the gradients are not finite, parameters and state come back as they were, and the
+    metric `nonfinite` is 1.
+
     Args:
       graphdef: the model's structure; see `models.sharegpt4v.abstract_model`.
       optimizer: see `train.optimizer`.
@@ -144,15 +147,24 @@ def make_train_step(
         else:
             total, _ = jax.lax.scan(add, start, (micro, weights))
         grads, value, sums = total
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        updates, new_opt_state = optimizer.update(grads, opt_state, trainable)
+        grad_norm = optax.tree.norm(grads)
+        # A step that is not finite changes nothing, whatever the optimizer made of it (train.nonfinite).
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        new_trainable, new_opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(trainable, updates), new_opt_state),
+            (trainable, opt_state),
+        )
         metrics = {
             "loss": value,
             **sums,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             **{f"grad_norm/{tower}": optax.tree.norm(part) for tower, part in grads.items()},
+            "nonfinite": 1 - finite.astype(jnp.int32),
             "supervised_tokens": supervised,
             **contents(batch),
         }
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        return new_trainable, new_opt_state, metrics
 
     return train_step

@@ -413,17 +413,60 @@ def test_killed_with_workers_it_goes_on_with_the_same_batches(
 
 
 @pytest.mark.slow
-def test_a_dead_worker_is_an_error_not_a_hang(tiny_world: TinyWorld) -> None:
+def test_dead_and_stuck_workers_are_replaced(tiny_world: TinyWorld, caplog: pytest.LogCaptureFixture) -> None:
+    """And nobody sees it in the batches; a worker told to end by the notice to the whole job goes on."""
     before = set(multiprocessing.active_children())
-    batches = iter(loader(tiny_world, **WORKERS))
-    next(batches)
-    workers = [child for child in multiprocessing.active_children() if child not in before]
-    assert len(workers) == WORKERS["num_workers"]
-    os.kill(workers[0].pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"worker process died .*exit code -9.*fewer data\.num_workers"):
+    options = WORKERS | {"num_workers": 1}
+    expected = iter(loader(tiny_world, **options | {"num_workers": 0}))
+    batches = iter(loader(tiny_world, worker_timeout=4.0, **options))
+
+    def worker() -> Any:
+        (child,) = (child for child in multiprocessing.active_children() if child not in before)
+        return child
+
+    def same_until(replaced: Any) -> None:
+        """What Grain has ready comes first."""
         for _ in range(1000):
-            next(batches)
-    assert eventually(lambda: not any(alive(worker.pid) for worker in workers))
+            assert digest(next(batches)) == digest(next(expected))
+            if worker().pid != replaced.pid:
+                return
+        raise AssertionError("the worker was never missed")
+
+    assert digest(next(batches)) == digest(next(expected))
+    first = worker()
+    os.kill(first.pid, signal.SIGTERM)
+    for _ in range(20):
+        assert digest(next(batches)) == digest(next(expected))
+    assert worker().pid == first.pid
+    os.kill(first.pid, signal.SIGKILL)
+    same_until(first)
+    assert (
+        "data worker process died (Worker process was terminated unexpectedly with exit code -9)"
+        in caplog.text
+    )
+    second = worker()
+    os.kill(second.pid, signal.SIGSTOP)
+    same_until(second)
+    assert "no record came from 1 data workers for 4 s (config.data.worker_timeout)" in caplog.text
+    batches.close()
+    assert eventually(lambda: not any(alive(child.pid) for child in (first, second)))
+
+
+def test_a_worker_that_always_dies_is_an_error(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = iter(loader(tiny_world, **WORKERS))
+    opened = []
+
+    def dying() -> Any:
+        opened.append(None)
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs")
+        yield
+
+    monkeypatch.setattr(batches, "_open", dying)
+    with pytest.raises(RuntimeError, match=r"died .*exit code -9.*3 times .*fewer data\.num_workers"):
+        next(batches)
+    assert len(opened) == 3
 
 
 def test_batches_ahead_on_the_devices_are_the_same(tiny_world: TinyWorld) -> None:

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -103,11 +104,14 @@ def test_peaks(kind: str, peak: float | None) -> None:
     assert peak_flops(SimpleNamespace(device_kind=kind)) == peak
 
 
-def test_losses_by_kind_leave_out_what_did_not_come_by() -> None:
+def test_losses_by_kind_leave_out_what_did_not_come_by_and_what_is_not_finite() -> None:
     kinds = [("a", "text"), ("a", "image"), ("b", "text"), ("b", "image")]
-    window = [
-        {"kind_losses": np.array([0, 6, 0, 0], np.float32), "kind_tokens": np.array([0, 2, 0, 0])},
-        {"kind_losses": np.array([0, 3, 0, 0], np.float32), "kind_tokens": np.array([0, 1, 0, 0])},
-    ]
+
+    def step(loss: float, tokens: int, nonfinite: int = 0) -> dict[str, Any]:
+        losses, counts = np.array([0, loss, 0, 0], np.float32), np.array([0, tokens, 0, 0])
+        return {"kind_losses": losses, "kind_tokens": counts, "nonfinite": nonfinite}
+
+    window = [step(6, 2), step(np.nan, 5, nonfinite=1), step(3, 1)]
     assert recorder.losses_by_kind(window, kinds) == {"loss/source/a": 3.0, "loss/modality/image": 3.0}
-    assert recorder.losses_by_kind([{name: x * 0 for name, x in window[0].items()}], kinds) == {}
+    assert recorder.losses_by_kind([step(0, 0)], kinds) == {}
+    assert recorder.losses_by_kind([step(np.nan, 5, nonfinite=1)], kinds) == {}

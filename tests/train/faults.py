@@ -1,0 +1,248 @@
+"""Trains a run that is killed again and again, and damaged in between; writes a log of what happened.
+
+Each life is a process forked from one that has imported everything but not started JAX: that is most of
+what a restart costs. It is killed by SIGKILL, at a random moment of a chosen phase. With more processes
+than one, one of them is killed and the others are ended a moment later, as a launcher does.
+
+    python -m tests.train.faults --processes=2 --kills=20 --output=/tmp/faults
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sg4v_jax import config as configs
+from sg4v_jax.convert.orbax import CHECKPOINTS
+from sg4v_jax.parallel import distributed
+from sg4v_jax.train import loop
+from sg4v_jax.train.checkpoint import Checkpointer
+
+STEPS = 28
+# Of a life: until the first step, steps with their logging, and saves, which are most of what can go wrong.
+PHASES = ("start", "step", "save", "save", "save")
+DAMAGES = ("flip", "cut", "remove")
+PER_PROCESS = 2  # devices
+
+
+def run_config(tokenizer: str, dataset: str, processes: int = 1) -> ConfigDict:
+    """As small as a run gets; a checkpoint after every step."""
+    widths = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 2}
+    return configs.load(
+        "configs/pretrain.py:tiny",
+        **{f"model.{part}.{name}": value for part in ("vision", "text") for name, value in widths.items()},
+        **{
+            "model.text.num_kv_heads": 2,
+            "model.vision.image_size": 24,
+            "model.vision.patch_size": 12,
+            "model.vision.tuned_from": 0,
+            "data.sources.share_captioner.directory": dataset,
+            "data.tokenizer": tokenizer,
+            "data.packing_window": 4,
+            "data.num_threads": 1,
+            "data.seq_len": 96,
+            "data.image_slots": 1,
+            "data.batch_size": 2 if processes == 1 else processes * PER_PROCESS,
+            "train.num_steps": STEPS,
+            "train.log_every": 1,
+            "train.loss_chunk": 64,
+            "checkpoint.every": 1,
+            "checkpoint.keep": 3,
+        },
+    )
+
+
+class Killer:
+    """Kills this process in the `count`-th of a phase, `delay` seconds after it began."""
+
+    def __init__(self, phase: str, count: int, delay: float):
+        self._phase, self._count, self._delay = phase, count, delay
+
+    def begin(self, phase: str) -> None:
+        if phase == self._phase:
+            self._count -= 1
+            if self._count == 0:
+                threading.Thread(target=self._kill, daemon=True).start()
+
+    def _kill(self) -> None:
+        time.sleep(self._delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def live(
+    config: ConfigDict, workdir: pathlib.Path, killer: Killer | None, environment: dict[str, str]
+) -> None:
+    """A life: trains until it is killed or done. Never returns."""
+    code = 1
+    try:
+        os.environ.update(environment)
+        sys.stdout.flush()
+        with (workdir.parent / f"{workdir.name}.log").open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        if environment:
+            import jax
+
+            jax.config.update("jax_num_cpu_devices", PER_PROCESS)
+            distributed.initialize()
+        if killer is not None:
+            _watch(killer)
+            killer.begin("start")
+        loop.train(config, workdir)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _watch(killer: Killer) -> None:
+    """Tells the killer where the run is."""
+    save, compile_step = Checkpointer.save, loop.compile_step
+
+    def told_save(self: Any, *arguments: Any, **options: Any) -> None:
+        killer.begin("save")
+        save(self, *arguments, **options)
+
+    def told_compile(*arguments: Any) -> Any:
+        train_step = compile_step(*arguments)
+
+        def told_step(*state: Any) -> Any:
+            killer.begin("step")
+            return train_step(*state)
+
+        return told_step
+
+    Checkpointer.save, loop.compile_step = told_save, told_compile  # type: ignore[method-assign]
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, processes: int, killer: Killer | None) -> list[int]:
+    """A life of all processes; their exit codes in the order of their ends, negative for a signal."""
+    environments: list[dict[str, str]] = [{}]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            shared = {
+                "SG4V_COORDINATOR": f"localhost:{free.getsockname()[1]}",
+                "SG4V_NUM_PROCESSES": str(processes),
+            }
+        environments = [shared | {"SG4V_PROCESS_ID": str(i)} for i in range(processes)]
+    victim, pids = random.randrange(processes), []
+    for i, environment in enumerate(environments):
+        pid = os.fork()
+        if pid == 0:
+            live(config, workdir, killer if i == victim else None, environment)
+        pids.append(pid)
+    codes: dict[int, int] = {}
+    while len(codes) < processes:
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid]:
+            time.sleep(random.uniform(0, 0.2) if processes > 1 else 0)
+            for other in set(pids) - set(codes):
+                os.kill(other, signal.SIGKILL)
+    return list(codes.values())
+
+
+def damage(checkpoint: pathlib.Path, kind: str) -> str:
+    """Spoils a complete checkpoint; says how."""
+    files = [p for p in checkpoint.rglob("*") if p.is_file() and p.parent != checkpoint and p.stat().st_size]
+    path = random.choice(sorted(files))
+    if kind == "remove":
+        item = checkpoint / random.choice(("params", "opt_state", "data", "meta", "manifest"))
+        shutil.rmtree(item)
+        return f"removed {item.name}"
+    content = bytearray(path.read_bytes())
+    at = random.randrange(len(content))
+    if kind == "cut":
+        path.write_bytes(content[:at])
+        return f"cut {path.relative_to(checkpoint)} to {at} of {len(content)} bytes"
+    content[at] ^= 1 << random.randrange(8)
+    path.write_bytes(content)
+    return f"flipped a bit of {path.relative_to(checkpoint)}"
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """Checkpoints that got their name."""
+    directory = workdir / CHECKPOINTS
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.exists() else []
+
+
+def unfinished(workdir: pathlib.Path) -> list[str]:
+    """What was being written, as far as it has a directory."""
+    directory = workdir / CHECKPOINTS
+    return sorted(p.name for p in directory.glob("*") if not p.name.isdigit() and p.is_dir())
+
+
+def seconds_per_save(workdir: pathlib.Path) -> float:
+    """Between the last checkpoints of a run that saves after every step."""
+    times = [(workdir / CHECKPOINTS / str(step) / "meta").stat().st_mtime for step in steps(workdir)]
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def torment(
+    config: ConfigDict, workdir: pathlib.Path, processes: int, kills: int, scale: float
+) -> list[dict[str, Any]]:
+    """Kills a run `kills` times, damages its newest checkpoint every few times, then lets it finish.
+
+    `scale` is how long a save takes, in seconds: kills come within that, however busy the machine.
+    """
+    story: list[dict[str, Any]] = []
+    killed = 0
+    while killed < kills:
+        done, event = steps(workdir), {}
+        if len(done) > 1 and killed % 4 == 3:
+            kind = DAMAGES[killed // 4 % len(DAMAGES)]
+            event["damaged"] = f"{done[-1]}: " + damage(workdir / CHECKPOINTS / str(done[-1]), kind)
+        # A life of which little is left to do would end before it is killed.
+        phase = "start" if done and done[-1] > STEPS - 6 else random.choice(PHASES)
+        count = 1 if phase == "start" else random.choice((1, 2, 3))
+        delay = random.uniform(0, {"start": 10, "step": 1, "save": 1.5}[phase] * scale)
+        codes = run(config, workdir, processes, Killer(phase, count, delay))
+        if codes[0] != -signal.SIGKILL:
+            raise RuntimeError(f"a life ended with {codes} before it was killed: {workdir}.log")
+        killed += 1
+        event |= {"phase": phase, "delay": round(delay, 3), "checkpoints": steps(workdir)}
+        story.append(event | {"unfinished": unfinished(workdir)})
+        print(json.dumps(story[-1]), file=sys.stderr, flush=True)
+    if codes := [code for code in run(config, workdir, processes, None) if code]:
+        raise RuntimeError(f"the last life ended with {codes}: {workdir}.log")
+    return story
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    config = run_config(arguments.tokenizer, arguments.dataset, arguments.processes)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    if any(codes := run(config, arguments.output / "undisturbed", arguments.processes, None)):
+        raise RuntimeError(f"the undisturbed run ended with {codes}")
+    undisturbed = time.monotonic() - start
+    scale = seconds_per_save(arguments.output / "undisturbed")
+    story = torment(config, arguments.output / "killed", arguments.processes, arguments.kills, scale)
+    seconds = {"save": scale, "undisturbed": undisturbed, "all": time.monotonic() - start}
+    (arguments.output / "story.json").write_text(json.dumps({"lives": story, "seconds": seconds}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
