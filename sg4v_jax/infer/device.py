@@ -12,6 +12,7 @@ from flax import nnx
 from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.infer import state as programs
 from sg4v_jax.infer.prepare import Prepared
+from sg4v_jax.infer.request import ScoreRequest
 from sg4v_jax.infer.sampling import RowOptions, SamplingOptions
 from sg4v_jax.infer.state import NOTHING, Prefix, State
 from sg4v_jax.models.sharegpt4v import abstract_model
@@ -52,11 +53,15 @@ class Device:
             model = nnx.merge(graphdef, params)
             return programs.decode(model, state, steps=steps, vocab=vocab, stop_ids=stop_ids)
 
+        def score(params: Any, prefix: Prefix, choices: jax.Array) -> jax.Array:
+            return programs.score(nnx.merge(graphdef, params), prefix, choices, vocab=vocab)
+
         empty = functools.partial(State.empty, bundle.config.text, slots, capacity, dtype, dtype)
         with jax.set_mesh(mesh):
             places = programs.shardings(jax.eval_shape(empty), mesh)
             self._state = jax.jit(empty, out_shardings=places)()
         self._prefill = jax.jit(prefill)
+        self._score = jax.jit(score)
         self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=places)
         self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(places, None, None))
 
@@ -94,3 +99,16 @@ class Device:
         tokens.copy_to_host_async()
         log_probabilities.copy_to_host_async()
         return tokens, log_probabilities
+
+    def score(self, batch: Sequence[Prepared[ScoreRequest]]) -> jax.Array:
+        """Starts scoring at most `rows` requests of one bucket. Returns log-probabilities [rows, choices]."""
+        bucket = batch[0].bucket
+        choices = np.full((self.rows, bucket.choices, bucket.choice_length), NOTHING, np.int32)
+        for row, prepared in enumerate(batch):
+            for number, tokens in enumerate(prepared.choices):
+                choices[row, number, : len(tokens)] = tokens
+        prefix = self.prefill(batch)
+        with jax.set_mesh(self._mesh):
+            scores: jax.Array = self._score(self._params, prefix, choices)
+        scores.copy_to_host_async()
+        return scores

@@ -6,6 +6,7 @@ for a slot. What a decoding program returns is fetched while the next one runs, 
 waits for the host.
 """
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,9 +20,9 @@ from sg4v_jax.data.conversation import get_template, stop_string
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.infer.answer import Answer
 from sg4v_jax.infer.device import Device
-from sg4v_jax.infer.prepare import Preparer
+from sg4v_jax.infer.prepare import AnyRequest, Prepared, Preparer
 from sg4v_jax.infer.queue import Queue
-from sg4v_jax.infer.request import Prompt, Request, Result
+from sg4v_jax.infer.request import Prompt, Request, Result, ScoreRequest, ScoreResult
 from sg4v_jax.infer.sampling import SamplingOptions
 from sg4v_jax.infer.state import NOTHING, Prefix
 from sg4v_jax.infer.stats import Stats
@@ -124,14 +125,49 @@ class Engine:
                 yield text[len(shown) :]
                 shown = text
 
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
+        """The probabilities of given answers: the choices of a question share one prefilled prompt.
+
+        Args:
+          requests: any number, pulled a few batches ahead of what is returned.
+
+        Results come as they are done. A request that can't be scored gives one that says why.
+
+        Raises:
+          RuntimeError: if the engine is in the midst of another call.
+        """
+        with self._queue(requests) as queue:
+            running: deque[tuple[list[Prepared[ScoreRequest]], jax.Array]] = deque()
+            while not queue.empty or running:
+                for refused in queue.pull():
+                    yield ScoreResult(refused.request.key, (), (), refused.error)
+                batch = queue.take(self._device.rows)
+                if batch:
+                    running.append((batch, self._device.score(batch)))
+                elif not running:
+                    queue.wait()
+                if running and (not batch or len(running) > 1):
+                    yield from self._read_scores(*running.popleft())
+
+    def _read_scores(self, batch: list[Prepared[ScoreRequest]], scores: jax.Array) -> Iterator[ScoreResult]:
+        for prepared, row in zip(batch, np.asarray(scores), strict=False):
+            lengths = tuple(map(len, prepared.choices))
+            yield ScoreResult(prepared.request.key, tuple(row[: len(lengths)].tolist()), lengths, "")
+
     def _run(self, requests: Iterable[Request]) -> Iterator[Answer | Result]:
         """Yields answers whenever they have grown, and results of requests that can't have one."""
+        with self._queue(requests) as queue:
+            yield from _Run(self, queue).answers()
+
+    @contextlib.contextmanager
+    def _queue(self, requests: Iterable[AnyRequest]) -> Iterator[Queue[AnyRequest]]:
+        """The engine is one call's alone."""
         if self._busy:
             raise RuntimeError("the engine is in the midst of another call; finish or close that first")
         self._busy = True
         queue = Queue(requests, self._preparer, ahead=3 * self._device.rows)
         try:
-            yield from _Run(self, queue).answers()
+            yield queue
         finally:
             queue.close()
             self._busy = False

@@ -189,7 +189,38 @@ def advance(model: ShareGPT4V, state: State, token: Int[Array, " slots"], stop_i
     )
 
 
-def known_logits(model: ShareGPT4V, hidden: Float[Array, "rows d"], vocab: int) -> Float[Array, "rows all"]:
+def score(
+    model: ShareGPT4V, prefix: Prefix, choices: Int[Array, "rows choices length"], *, vocab: int
+) -> Float[Array, "rows choices"]:
+    """Log-probabilities of answers to prefilled prompts, in nats.
+
+    Args:
+      model: the model.
+      prefix: the prompts.
+      choices: the answers' tokens, NOTHING behind the last.
+      vocab: tokens that the tokenizer knows.
+    """
+    rows, branches, length = choices.shape
+    tokens = jnp.maximum(choices, 0)
+    x = model.text.embed(tokens.reshape(rows * branches, length))
+    hidden = model.text.branch(
+        x.reshape(*choices.shape, x.shape[-1]), prefix.key, prefix.value, prefix.lengths
+    )
+    # The first token comes from the prompt's last position, the others from the token before.
+    first = jnp.broadcast_to(prefix.hidden[:, None, None], (rows, branches, 1, hidden.shape[-1]))
+    before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
+
+    def of_choice(inputs: tuple[Array, Array, Array]) -> Array:
+        before, tokens, choice = inputs
+        found = log_probability(known_logits(model, before, vocab), tokens)
+        return jnp.where(choice >= 0, found, 0).sum(-1)
+
+    # One choice after the other: scores over the vocabulary are large.
+    columns = [x.swapaxes(0, 1) for x in (before, tokens, choices)]
+    return jax.lax.map(of_choice, tuple(columns)).swapaxes(0, 1)
+
+
+def known_logits(model: ShareGPT4V, hidden: Float[Array, "*rows d"], vocab: int) -> Float[Array, "*rows all"]:
     """Scores, without the rows of the table that the tokenizer has no piece for."""
     logits = model.text.logits(hidden)
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
