@@ -23,7 +23,7 @@ class Device:
     """Parameters and slots on a mesh.
 
     Attributes:
-      slots: how many slots there are.
+      groups: how many groups of slots there are: of one slot each, without beams.
       rows: prompts that are prefilled together.
     """
 
@@ -33,14 +33,15 @@ class Device:
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype,
         *,
-        slots: int,
+        groups: int,
+        num_beams: int,
         capacity: int,
         rows: int,
         steps: int,
         vocab: int,
         stop_ids: tuple[int, ...],
     ):
-        self.slots, self.rows = slots, rows
+        self.groups, self.rows = groups, rows
         self._mesh, self._config = mesh, bundle.config
         graphdef, shapes, axes = abstract_model(bundle.config)
         cast = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), bundle.params)
@@ -56,11 +57,14 @@ class Device:
         def score(params: Any, prefix: Prefix, choices: jax.Array) -> jax.Array:
             return programs.score(nnx.merge(graphdef, params), prefix, choices, vocab=vocab)
 
-        empty = functools.partial(State.empty, bundle.config.text, slots, capacity, dtype, dtype)
+        empty = functools.partial(
+            State.empty, bundle.config.text, groups * num_beams, capacity, num_beams, dtype, dtype
+        )
         with jax.set_mesh(mesh):
             places = programs.shardings(jax.eval_shape(empty), mesh)
             self._state = jax.jit(empty, out_shardings=places)()
         self._prefill = jax.jit(prefill)
+        self._best_beam = jax.jit(programs.best_beam)
         self._score = jax.jit(score)
         self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=places)
         self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(places, None, None))
@@ -87,10 +91,10 @@ class Device:
         with jax.set_mesh(self._mesh):
             return self._prefill(self._params, *arrays)
 
-    def insert(self, prefix: Prefix, slots: Sequence[int]) -> None:
-        """Gives prefilled prompts to slots; a row that stays out has the number `self.slots`."""
+    def insert(self, prefix: Prefix, groups: Sequence[int]) -> None:
+        """Gives prefilled prompts to groups; a row that stays out has the number `self.groups`."""
         with jax.set_mesh(self._mesh):
-            self._state = self._insert(self._state, prefix, np.array(slots, np.int32))
+            self._state = self._insert(self._state, prefix, np.array(groups, np.int32))
 
     def decode(self) -> tuple[jax.Array, jax.Array]:
         """Starts the next steps. Returns tokens and log-probabilities, on their way to the host."""
@@ -99,6 +103,12 @@ class Device:
         tokens.copy_to_host_async()
         log_probabilities.copy_to_host_async()
         return tokens, log_probabilities
+
+    def best_beam(self, group: int) -> tuple[list[int], float]:
+        """What a search has found, with its score. Waits for the device."""
+        with jax.set_mesh(self._mesh):
+            tokens, length, score = jax.device_get(self._best_beam(self._state, np.int32(group)))
+        return tokens[:length].tolist(), float(score)
 
     def score(self, batch: Sequence[Prepared[ScoreRequest]]) -> jax.Array:
         """Starts scoring at most `rows` requests of one bucket. Returns log-probabilities [rows, choices]."""

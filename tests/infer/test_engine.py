@@ -175,6 +175,40 @@ def test_greedy_tokens_are_those_of_transformers(
     assert len({completion.tokens for completion in completions}) == len(PROMPTS)
 
 
+BEAMS = (
+    {"num_beams": 3},
+    {"num_beams": 2, "length_penalty": 0.0, "min_new_tokens": 4},
+    {"num_beams": 3, "length_penalty": 2.0, "repetition_penalty": 1.3},
+    {"num_beams": 2, "length_penalty": -1.0, "no_repeat_ngram": 2},
+    {},
+)
+
+
+@pytest.mark.slow
+def test_beams_are_those_of_transformers(pair: Pair) -> None:
+    """Tokens and scores, in searches that end early and late, beside requests without a search."""
+    prompts = list(PROMPTS.values())
+    requests, searches = [], engine(pair.bundle, num_beams=3, slots=6)
+    for number, fields in enumerate(BEAMS):
+        options = SamplingOptions(max_new_tokens=NEW_TOKENS, **fields)
+        requests += [Request((i, number), prompt, options) for i, prompt in enumerate(prompts)]
+    results = {result.key: result for result in searches.complete(requests)}
+    ended = 0
+    for (i, number), result in results.items():
+        names = {"no_repeat_ngram": "no_repeat_ngram_size"}
+        fields = {names.get(name, name): value for name, value in BEAMS[number].items()}
+        theirs = their_generate(pair, prompts[i], **fields)
+        start = their_inputs(pair, prompts[i])["input_ids"].shape[1]
+        assert list(result.completion.tokens) == theirs.sequences[0, start:].tolist(), (i, BEAMS[number])
+        if fields:
+            score = float(theirs.sequences_scores[0])
+            assert result.completion.log_probability == pytest.approx(score, abs=1e-4, rel=1e-6)
+        ended += result.completion.finished
+    assert 0 < ended < len(results)
+    wide = Request(0, prompts[0], SamplingOptions(num_beams=4))
+    assert "started with: 3" in next(searches.complete([wide])).error
+
+
 def test_an_answer_depends_on_nothing_but_its_request(pair: Pair) -> None:
     """To the bit, in any order and company: other slots, other rows of prefilling, other waits."""
     drawn = SamplingOptions(temperature=0.9, top_p=0.95, top_k=80)
