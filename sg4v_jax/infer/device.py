@@ -11,10 +11,13 @@ from flax import nnx
 
 from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.infer import state as programs
+from sg4v_jax.infer.memory import MemoryPlan, bytes_per_device, device_limit
 from sg4v_jax.infer.prepare import Prepared
+from sg4v_jax.infer.quantize import abstract_quantized, quantize_params
 from sg4v_jax.infer.request import ScoreRequest
 from sg4v_jax.infer.sampling import RowOptions, SamplingOptions
 from sg4v_jax.infer.state import NOTHING, Prefix, State
+from sg4v_jax.models.cache import KVCache
 from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.parallel.placement import param_shardings, place
 
@@ -25,6 +28,7 @@ class Device:
     Attributes:
       groups: how many groups of slots there are: of one slot each, without beams.
       rows: prompts that are prefilled together.
+      memory: what all this takes.
     """
 
     def __init__(
@@ -33,6 +37,9 @@ class Device:
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype,
         *,
+        weights: str,
+        kv: str,
+        memory_limit: int | None,
         groups: int,
         num_beams: int,
         capacity: int,
@@ -43,9 +50,14 @@ class Device:
     ):
         self.groups, self.rows = groups, rows
         self._mesh, self._config = mesh, bundle.config
-        graphdef, shapes, axes = abstract_model(bundle.config)
-        cast = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), bundle.params)
-        self._params = place(cast, param_shardings(shapes, axes, mesh))
+        # A scale is float32 in any case, and an int8 kernel int8.
+        cast = lambda leaf: np.asarray(leaf).astype(dtype)  # noqa: E731
+        if weights == "int8":
+            graphdef, shapes, axes = abstract_quantized(bundle.config)
+            params = quantize_params(bundle.config, bundle.params, cast)
+        else:
+            graphdef, shapes, axes = abstract_model(bundle.config)
+            params = jax.tree.map(cast, bundle.params)
 
         def prefill(params: Any, *arrays: Any) -> Prefix:
             return programs.prefill(nnx.merge(graphdef, params), *arrays)
@@ -57,11 +69,25 @@ class Device:
         def score(params: Any, prefix: Prefix, choices: jax.Array) -> jax.Array:
             return programs.score(nnx.merge(graphdef, params), prefix, choices, vocab=vocab)
 
+        kv_dtype = jnp.dtype("int8") if kv == "int8" else dtype
         empty = functools.partial(
-            State.empty, bundle.config.text, groups * num_beams, capacity, num_beams, dtype, dtype
+            State.empty, bundle.config.text, groups * num_beams, capacity, num_beams, dtype, kv_dtype
         )
         with jax.set_mesh(mesh):
-            places = programs.shardings(jax.eval_shape(empty), mesh)
+            slots = jax.eval_shape(empty)
+            places = programs.shardings(slots, mesh)
+            params_places = param_shardings(shapes, axes, mesh)
+            waiting = jax.eval_shape(
+                functools.partial(KVCache.empty, bundle.config.text, rows, capacity, dtype)
+            )
+            self.memory = MemoryPlan(
+                parameters=bytes_per_device(params, params_places),
+                slots=bytes_per_device(slots, places) * (2 if num_beams > 1 else 1),
+                prefill=bytes_per_device(waiting, programs.cache_shardings(waiting, mesh)),
+                limit=device_limit(mesh) if memory_limit is None else memory_limit,
+            )
+            self.memory.check(groups * num_beams, capacity)
+            self._params = place(params, params_places)
             self._state = jax.jit(empty, out_shardings=places)()
         self._prefill = jax.jit(prefill)
         self._best_beam = jax.jit(programs.best_beam)

@@ -39,6 +39,7 @@ class Engine:
       bundle: the model.
       tokenizer: its tokenizer.
       slots: rows that decode together.
+      memory: what the engine takes of it.
       stats: what was done so far.
     """
 
@@ -48,11 +49,14 @@ class Engine:
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype | str = "bfloat16",
         *,
+        weights: str = "float",
+        kv: str = "float",
         slots: int = 16,
         capacity: int = 2048,
         num_beams: int = 1,
         prefill_rows: int = 4,
         steps: int = 4,
+        memory_limit: int | None = None,
     ):
         """Places the parameters on `mesh` and makes room for the slots.
 
@@ -61,16 +65,23 @@ class Engine:
           mesh: where to run: `tensor` for latency, `data` for throughput. Slots are spread over the
             batch axes and rounded up to fill them.
           dtype: what to compute in.
+          weights, kv: `int8` for the decoder's matrices, or for keys and values: half the memory of
+            bfloat16 and half the time to read it, for a little accuracy (docs/inference.md). `float` is
+            `dtype`.
           slots: rows that decode together: requests, or beams of them.
           num_beams: most beams of a request. With more than one, every request takes so many slots.
           capacity: positions of a slot, images included; at most the model's.
           prefill_rows: prompts that are prefilled together.
           steps: tokens per slot that one program generates. More of them cost slots that end early,
             fewer cost the host.
+          memory_limit: bytes that one device may give; by default, what it says that it has.
 
         Raises:
-          ValueError: if the bundle has no tokenizer.
+          ValueError: if the bundle has no tokenizer, or the slots don't fit into memory.
         """
+        for name, kind in (("weights", weights), ("kv", kv)):
+            if kind not in ("float", "int8"):
+                raise ValueError(f"{name}={kind!r} is neither 'float' nor 'int8'")
         if bundle.tokenizer_file is None:
             raise ValueError("the model directory holds no tokenizer.model; put the model's own there")
         self.bundle, self.tokenizer = bundle, Tokenizer(bundle.tokenizer_file)
@@ -84,6 +95,9 @@ class Engine:
             bundle,
             mesh,
             jnp.dtype(dtype),
+            weights=weights,
+            kv=kv,
+            memory_limit=memory_limit,
             groups=self.slots // num_beams,
             num_beams=num_beams,
             capacity=-(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE,
@@ -92,6 +106,7 @@ class Engine:
             vocab=self.tokenizer.vocab_size,
             stop_ids=self._stop_ids,
         )
+        self.memory = self._device.memory
         self.stats = Stats(self._device.groups)
         self._busy = False
 

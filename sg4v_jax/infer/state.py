@@ -101,12 +101,17 @@ def shardings(state: State, mesh: Mesh) -> State:
     def of_slots(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         return rules.sharding(("batch", *[None] * (leaf.ndim - 1)), leaf.shape, mesh)
 
-    def of_cache(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    return dataclasses.replace(jax.tree.map(of_slots, state), cache=cache_shardings(state.cache, mesh))
+
+
+def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
+    """NamedShardings of a cache: slots over the batch axes, heads over the tensor axis."""
+
+    def of_leaf(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         axes = CACHE_AXES[: leaf.ndim] if leaf.ndim > 1 else ("batch",)
         return rules.sharding(axes, leaf.shape, mesh)
 
-    cache = jax.tree.map(of_cache, state.cache)
-    return dataclasses.replace(jax.tree.map(of_slots, state), cache=cache)
+    return jax.tree.map(of_leaf, cache)
 
 
 def prefill(

@@ -389,3 +389,31 @@ def test_nothing_to_do(pair: Pair) -> None:
 def test_a_model_needs_its_tokenizer(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"holds no tokenizer\.model"):
         engine(dataclasses.replace(pair.bundle, tokenizer_file=None))
+
+
+def test_int8_halves_the_memory_and_keeps_the_probabilities(pair: Pair) -> None:
+    """Of weights and of the cache; what it costs in accuracy is in docs/inference.md."""
+    prompts = [PROMPTS["one image"], PROMPTS["three turns"]]
+    options = SamplingOptions(max_new_tokens=6)
+    exact = answers(pair.engine, prompts, options)
+    for fields in ({"weights": "int8"}, {"kv": "int8"}):
+        small = engine(pair.bundle, **fields)
+        for prompt, found, expected in zip(prompts, answers(small, prompts, options), exact, strict=True):
+            theirs = their_log_probability(pair, prompt, list(found.tokens))
+            assert found.log_probability == pytest.approx(theirs, abs=0.2), fields
+            # Not the same numbers: it was quantized.
+            assert found.log_probability != expected.log_probability
+        part = "parameters" if "weights" in fields else "slots"
+        assert getattr(small.memory, part) < 0.7 * getattr(pair.engine.memory, part)
+
+
+def test_slots_that_do_not_fit_are_refused(pair: Pair) -> None:
+    memory = pair.engine.memory
+    needed = memory.parameters + memory.slots + memory.prefill
+    engine(pair.bundle, memory_limit=int(needed / 0.9) + 2)
+    with pytest.raises(ValueError, match=r"slots=3 of capacity=256 don't fit.*at most slots=2 fit"):
+        engine(pair.bundle, memory_limit=int(needed / 0.9) - 100)
+    with pytest.raises(ValueError, match="not one slot fits"):
+        engine(pair.bundle, memory_limit=1000)
+    with pytest.raises(ValueError, match="kv='fp8' is neither"):
+        engine(pair.bundle, kv="fp8")
