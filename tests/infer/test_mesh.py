@@ -27,7 +27,7 @@ def found(tiny_world: TinyWorld) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2 tensor=2 float", "fsdp=4 float", "data=2 tensor=2 int8"])
+@pytest.mark.parametrize("mesh", ["data=2 tensor=2 float", "data=2 tensor=2 int8"])
 def test_devices_answer_like_one(mesh: str, found: dict[str, Any]) -> None:
     kv = mesh.split()[-1]
     single, several = found[f"one {kv}"], found[mesh]
