@@ -1,0 +1,207 @@
+"""Attention of new positions to a cache: of one per slot, generation; of several answers, scoring.
+
+The cache of all layers is passed whole, with the number of the layer: cutting a layer out would copy it
+for a kernel, and copying costs as much as reading. The new position is not in the cache yet; all layers'
+new positions are written together, after the last layer (`models.cache`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jaxtyping import Array, Float, Int
+
+from sg4v_jax.kernels.attention import interpreter, wanted_implementation
+from sg4v_jax.kernels.tpu import decode
+from sg4v_jax.kernels.tpu.blocks import choice
+from sg4v_jax.kernels.tpu.machine import current_machine
+from sg4v_jax.parallel.rules import spec
+
+CACHE_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
+SCALE_AXES = ("layers", "batch", "kv_heads", "length")
+# Positions that the plain form reads at a time on a CPU: it stops after the longest slot.
+CPU_BLOCK = 128
+
+
+def decode_attention(
+    query: Float[Array, "batch heads head_dim"],
+    key: Float[Array, "batch kv_heads head_dim"],
+    value: Float[Array, "batch kv_heads head_dim"],
+    cached_key: Float[Array, "layers batch capacity kv_heads head_dim"] | Int[Array, "..."],
+    cached_value: Float[Array, "layers batch capacity kv_heads head_dim"] | Int[Array, "..."],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " batch"],
+    scales: tuple[Float[Array, "layers batch parts rows"], Float[Array, "layers batch parts rows"]]
+    | None = None,
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "batch heads head_dim"]:
+    """Attention of each slot's new position to its first `lengths` cached positions and to itself.
+
+    Args:
+      query, key, value: the new position.
+      cached_key, cached_value: all layers' caches, floating or int8.
+      layer: which layer's to read.
+      lengths: positions in use per slot.
+      scales: what to multiply cached keys and values by, if they are int8: for each part of the heads,
+        as many as the tensor axis makes, capacity * heads of the part. The kernel reads them so.
+      implementation: `auto`, `reference` (plain JAX), `tpu` or `interpret`; see `kernels.attention`.
+
+    Returns:
+      The attended values, in the dtype of `query`. A slot's are bitwise the same whatever the other
+      slots hold.
+
+    Raises:
+      ValueError: if `implementation` can't run here or on these arguments.
+    """
+    operands = (query, key, value, cached_key, cached_value, layer, lengths, scales)
+    wanted = wanted_implementation(implementation)
+    if wanted in ("tpu", "interpret"):
+        machine = current_machine() if wanted == "tpu" else interpreter()
+        reason = _refusal(query, cached_key)
+        if reason is None:
+            rows = choice(machine.name).decode
+
+            def run(*local: Any) -> Array:
+                *arrays, scales = local
+                return decode.attention(*arrays, machine=machine, rows=rows, scales=scales)  # type: ignore[misc]
+
+            return _on_mesh(run, *operands)
+        if implementation != "auto":
+            raise ValueError(f"decoding with {wanted!r} can't run this: {reason}")
+    capacity = cached_key.shape[2]
+    block = CPU_BLOCK if jax.default_backend() == "cpu" and capacity % CPU_BLOCK == 0 else capacity
+    return blockwise(*operands, block)
+
+
+def _refusal(query: Array, cached_key: Array) -> str | None:
+    """Why the kernel doesn't take this, or None if it does."""
+    if query.dtype not in ("bfloat16", "float32"):
+        return f"dtype {query.dtype} is neither bfloat16 nor float32"
+    mesh = jax.sharding.get_abstract_mesh()
+    capacity, kv_heads = cached_key.shape[2:4]
+    if not mesh.empty:
+        heads = (("heads", query.shape[1]), ("kv_heads", kv_heads))
+        split, kv_split = (spec((name,), (size,), mesh)[0] for name, size in heads)
+        if split != kv_split:
+            return f"{kv_heads} key heads can't be split as the {query.shape[1]} query heads are"
+        kv_heads //= parts(kv_heads)
+    try:
+        decode.block_positions(capacity, kv_heads, 1)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def parts(kv_heads: int) -> int:
+    """Into how many parts the mesh in scope splits the key heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return 1
+    axis = spec(("kv_heads",), (kv_heads,), mesh)[0]
+    return 1 if axis is None else int(mesh.shape[axis])
+
+
+def _on_mesh(run, query, key, value, cached_key, cached_value, layer, lengths, scales):  # type: ignore[no-untyped-def]
+    """Runs a kernel on each device's slots and heads, by the table of sharding rules."""
+    operands = (query, key, value, cached_key, cached_value, layer, lengths, scales)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return run(*operands)
+    new = [
+        spec(("batch", name, "head_dim"), x.shape, mesh) for name, x in (("heads", query), ("kv_heads", key))
+    ]
+    cache = spec(CACHE_AXES, cached_key.shape, mesh)
+    scale = None if scales is None else (spec(SCALE_AXES, scales[0].shape, mesh),) * 2
+    rows = spec(("batch",), lengths.shape, mesh)
+    in_specs = (new[0], new[1], new[1], cache, cache, spec((), (), mesh), rows, scale)
+    return jax.shard_map(run, in_specs=in_specs, out_specs=new[0], check_vma=False)(*operands)
+
+
+def blockwise(query, key, value, cached_key, cached_value, layer, lengths, scales, block):  # type: ignore[no-untyped-def]
+    """The same in plain JAX: a running softmax over blocks of positions, up to the longest slot's last.
+
+    A block that a slot has nothing in changes nothing of the slot's sums, to the bit.
+    """
+    batch, heads, head_dim = query.shape
+    capacity, kv_heads = cached_key.shape[2:4]
+    groups = heads // kv_heads
+    scale = head_dim**-0.5
+    own = jnp.eye(kv_heads, dtype=query.dtype)
+
+    def cut(x, j):  # type: ignore[no-untyped-def]
+        sizes = (1, batch, block, kv_heads, head_dim)
+        return jax.lax.dynamic_slice(x, (layer, 0, j * block, 0, 0), sizes)[0]
+
+    def cut_scale(x, j):  # type: ignore[no-untyped-def]
+        count, width = x.shape[2], kv_heads // x.shape[2]
+        part = jax.lax.dynamic_slice(x, (layer, 0, 0, j * block * width), (1, batch, count, block * width))
+        part = part.reshape(batch, count, block, width).swapaxes(2, 3)
+        return part.reshape(batch, kv_heads, 1, block)
+
+    def visit(j, carry):  # type: ignore[no-untyped-def]
+        maximum, total, acc = carry
+        # As a matrix of positions * heads rows, the way it lies in memory: XLA would copy the block to
+        # bring a head's rows together. All heads meet all rows, and only the own ones are kept.
+        rows = (batch, block * kv_heads, head_dim)
+        keys, values = (cut(x, j).reshape(rows).astype(query.dtype) for x in (cached_key, cached_value))
+        scores = jnp.einsum("bhd,brd->bhr", query, keys, preferred_element_type=jnp.float32) * scale
+        scores = scores.reshape(batch, kv_heads, groups, block, kv_heads)
+        scores = jnp.einsum("bkgtk->bkgt", scores)
+        if scales is not None:
+            scores = scores * cut_scale(scales[0], j)
+        seen = j * block + jnp.arange(block) < lengths[:, None, None, None]
+        scores = jnp.where(seen, scores, -jnp.inf)
+        top = jnp.maximum(maximum, scores.max(-1, keepdims=True))
+        shrink, weights = jnp.exp(maximum - top), jnp.exp(scores - top)
+        total = total * shrink + weights.sum(-1, keepdims=True)
+        if scales is not None:
+            weights = weights * cut_scale(scales[1], j)
+        weights = weights.astype(query.dtype)[..., None] * own[:, None, None, :]
+        weights = weights.reshape(batch, heads, block * kv_heads)
+        found = jnp.einsum("bhr,brd->bhd", weights, values, preferred_element_type=jnp.float32)
+        return top, total, acc * shrink + found.reshape(acc.shape)
+
+    query_groups = query.reshape(batch, kv_heads, groups, head_dim).astype(jnp.float32)
+    itself = (query_groups * key[:, :, None].astype(jnp.float32)).sum(-1, keepdims=True) * scale
+    first = jnp.broadcast_to(value[:, :, None].astype(jnp.float32), query_groups.shape)
+    carry = (itself, jnp.ones_like(itself), first)
+    if block == capacity:
+        carry = visit(0, carry)
+    else:
+        carry = jax.lax.fori_loop(0, -(-lengths.max() // block), visit, carry)
+    _, total, acc = carry
+    return (acc / total).reshape(query.shape).astype(query.dtype)
+
+
+def branch_attention(
+    query: Float[Array, "batch branches length heads head_dim"],
+    key: Float[Array, "batch branches length kv_heads head_dim"],
+    value: Float[Array, "batch branches length kv_heads head_dim"],
+    prefix_key: Float[Array, "batch prefix kv_heads head_dim"],
+    prefix_value: Float[Array, "batch prefix kv_heads head_dim"],
+    lengths: Int[Array, " batch"],
+) -> Float[Array, "batch branches length heads head_dim"]:
+    """Causal attention of several continuations of each row's prefix, which don't see each other.
+
+    Args:
+      query, key, value: the continuations.
+      prefix_key, prefix_value: what comes before all of a row's continuations.
+      lengths: how many leading positions of a prefix are valid.
+    """
+    length, heads, head_dim = query.shape[2:]
+    kv_heads = key.shape[3]
+    query = query.reshape(*query.shape[:3], kv_heads, heads // kv_heads, head_dim)
+    scores = [
+        jnp.einsum("bcqkgd,btkd->bckgqt", query, prefix_key, preferred_element_type=jnp.float32),
+        jnp.einsum("bcqkgd,bcskd->bckgqs", query, key, preferred_element_type=jnp.float32),
+    ]
+    in_prefix = jnp.arange(prefix_key.shape[1]) < lengths[:, None]
+    seen = [in_prefix[:, None, None, None, None], jnp.tril(jnp.ones((length, length), bool))]
+    joined = jnp.concatenate([jnp.where(m, s, -jnp.inf) for m, s in zip(seen, scores, strict=True)], axis=-1)
+    weights = jax.nn.softmax(joined * head_dim**-0.5, axis=-1).astype(value.dtype)
+    before, own = weights[..., :-length], weights[..., -length:]
+    attended = jnp.einsum("bckgqt,btkd->bcqkgd", before, prefix_value)
+    attended += jnp.einsum("bckgqs,bcskd->bcqkgd", own, value)
+    return attended.reshape(*attended.shape[:3], heads, head_dim)
