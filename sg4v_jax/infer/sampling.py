@@ -6,39 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How to generate.
-
-    Attributes:
-      max_new_tokens: most tokens generated.
-      temperature: 0 is greedy.
-      top_p: sample from the smallest set of tokens with this probability; 1 is off.
-      top_k: sample from this many best tokens; 0 is off.
-      repetition_penalty: divides positive scores of tokens seen before, multiplies negative ones;
-        1 is off (Keskar et al. 2019).
-      seed: decides what is drawn, whatever else is in the batch.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": self.max_new_tokens > 0,
-            "temperature": self.temperature >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "repetition_penalty": self.repetition_penalty > 0,
-        }
-        for name, valid in checks.items():
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; see SamplingOptions")
+from sg4v_jax.infer.request import SamplingOptions
 
 
 @jax.tree_util.register_dataclass
