@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sg4v_jax.infer.request import Completion, SamplingOptions
+from sg4v_jax.infer.options import SamplingOptions
+from sg4v_jax.infer.request import Completion
 
 # In the order of how bad they are.
 FLAGS = ("empty", "repetition", "truncated")

@@ -1,5 +1,6 @@
 """What a captioning job is: its settings, and the file that keeps a restart with other ones out."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -8,11 +9,14 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from sg4v_jax.caption.corpus.claims import WORK, new_file, put_new
 from sg4v_jax.caption.corpus.guards import Guards
 from sg4v_jax.caption.corpus.inputs import MAX_IMAGE_BYTES, Corpus
+from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.data.defects import allowed_bad
-from sg4v_jax.infer.request import SamplingOptions
+from sg4v_jax.infer.options import SamplingOptions
 
 JOB = "job.json"
 # What the original's captioner was trained and asked with (spec 2.2); also in configs/captioner.py.
@@ -32,6 +36,7 @@ class Settings:
       max_image_bytes: larger files are bad images.
       max_failed: images that may fail, a number or a percentage of the corpus; more stop the run.
       drop_flagged: leaves flagged captions out of what is trained on.
+      parquet: also writes all lines as one Parquet file.
       retry_failed: tries images again that failed in earlier runs.
       lease_seconds: silence after which other machines take this process for dead.
       read_ahead: images read before the engine asks for them.
@@ -44,6 +49,7 @@ class Settings:
     max_image_bytes: int = MAX_IMAGE_BYTES
     max_failed: str = "5%"
     drop_flagged: bool = False
+    parquet: bool = False
     retry_failed: bool = False
     lease_seconds: float = 120.0
     read_ahead: int = 32
@@ -117,16 +123,25 @@ def begin(output: str | os.PathLike[str], job: Mapping[str, Any]) -> pathlib.Pat
     return directory
 
 
-def model_sha256(params: Any) -> str:
-    """Digest of a model's weights, whatever files they came from.
+def describe_model(bundle: ModelBundle, **computed: object) -> dict[str, object]:
+    """What tells a captioner from others, whatever files it came from.
 
     Args:
-      params: nested dicts of arrays on this machine.
+      bundle: the model.
+      computed: how it computes, such as `dtype`.
     """
-    import concurrent.futures
+    return {
+        "weights": _params_sha256(bundle.params),
+        "tokenizer": hashlib.sha256(bundle.tokenizer_file.read_bytes()).hexdigest()
+        if bundle.tokenizer_file
+        else "",
+        "template": bundle.template,
+        "aspect": bundle.aspect,
+        **computed,
+    }
 
-    import numpy as np
 
+def _params_sha256(params: Any) -> str:
     def digest(item: tuple[str, Any]) -> bytes:
         path, leaf = item
         array = np.ascontiguousarray(leaf)

@@ -38,6 +38,15 @@ class Summary:
     retried: int
     tokens: int
 
+    def __str__(self) -> str:
+        parts = [f"{self.captioned} of {self.images} captioned"]
+        counts = {**self.flags, "retried": self.retried}
+        parts += [f"{count} {name}" for name, count in counts.items() if count]
+        if self.failed:
+            failed = ", ".join(f"{count} {kind}" for kind, count in self.failed.items())
+            parts.append(f"{sum(self.failed.values())} failed ({failed})")
+        return f"{self.records}: {', '.join(parts)}"
+
 
 def read_shard(path: pathlib.Path) -> list[Line]:
     """The lines of a finished shard, one for each image, in order.
@@ -91,8 +100,8 @@ def write_outputs(
     return summary
 
 
-def write_parquet(shards: Shards, images: int, shard_size: int) -> pathlib.Path:
-    """Writes all lines as one Parquet file, a row group for each shard; gives its path."""
+def write_parquet(shards: Shards, images: int, shard_size: int) -> None:
+    """Writes all lines as one Parquet file, `captions.parquet`, a row group for each shard."""
     import pyarrow
     import pyarrow.parquet
 
@@ -116,7 +125,6 @@ def write_parquet(shards: Shards, images: int, shard_size: int) -> pathlib.Path:
         lines = all_lines(shards, images, shard_size)
         while group := list(itertools.islice(lines, shard_size)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
-    return shards.output / PARQUET
 
 
 def all_lines(shards: Shards, images: int, shard_size: int) -> Iterator[Line]:

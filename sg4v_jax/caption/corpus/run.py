@@ -62,6 +62,16 @@ class Progress:
     def seconds_left(self) -> float:
         return (self.images - self.done) / self.rate if self.rate else float("inf")
 
+    def __str__(self) -> str:
+        parts = [f"{self.done:,} of {self.images:,} images", f"{self.rate:.1f} images/s"]
+        if 0 < self.seconds_left < float("inf"):
+            minutes = round(self.seconds_left / 60)
+            parts.append(f"{minutes // 60} h {minutes % 60:02d} min left")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        parts += [f"{count} {flag}" for flag, count in self.flagged.items()]
+        return ", ".join(parts)
+
 
 def caption_corpus(
     engine: Completer,
@@ -81,7 +91,7 @@ def caption_corpus(
       output: directory of the results; what is there already is not done again.
       settings: how.
       prompt: what to ask, see `job.prompt_for`.
-      model: tells the captioner from others, see `job.model_sha256`.
+      model: tells the captioner from others, see `job.describe_model`.
       show: called after each image, with where the job stands.
 
     Raises:
@@ -96,6 +106,8 @@ def caption_corpus(
     with shards.beating():
         run.work()
     shards.clean()
+    if settings.parquet:
+        outputs.write_parquet(shards, len(corpus), settings.shard_size)
     return outputs.write_outputs(
         shards, len(corpus), settings.shard_size, prompt, drop_flagged=settings.drop_flagged
     )
