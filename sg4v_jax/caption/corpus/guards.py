@@ -46,7 +46,8 @@ class Guards:
             raise ValueError(
                 f"retry={self.retry} and its max_new_tokens={self.max_new_tokens} can't be negative"
             )
-        self.options(SamplingOptions(), "repetition", 1, 0)  # Says what is out of range.
+        # Says what is out of range.
+        SamplingOptions(temperature=self.temperature, repetition_penalty=self.repetition_penalty)
 
     def deciding(self) -> dict[str, Any]:
         """What the captions depend on."""
