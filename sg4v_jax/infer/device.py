@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 
 from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.infer import state as programs
+from sg4v_jax.infer.memory import MemoryPlan, bytes_per_device, device_limit
 from sg4v_jax.infer.prepare import Prepared
+from sg4v_jax.infer.quantize import abstract_quantized, quantize_params
 from sg4v_jax.infer.request import ScoreRequest
 from sg4v_jax.infer.sampling import RowOptions, SamplingOptions
 from sg4v_jax.infer.state import NOTHING, Prefix, State
+from sg4v_jax.models.cache import KVCache
 from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.parallel.placement import param_shardings, place
 
@@ -23,8 +27,9 @@ class Device:
     """Parameters and slots on a mesh.
 
     Attributes:
-      slots: how many slots there are.
+      groups: how many groups of slots there are: of one slot each, without beams.
       rows: prompts that are prefilled together.
+      memory: what all this takes.
     """
 
     def __init__(
@@ -33,18 +38,27 @@ class Device:
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype,
         *,
-        slots: int,
+        weights: str,
+        kv: str,
+        memory_limit: int | None,
+        groups: int,
+        num_beams: int,
         capacity: int,
         rows: int,
         steps: int,
         vocab: int,
         stop_ids: tuple[int, ...],
     ):
-        self.slots, self.rows = slots, rows
+        self.groups, self.rows = groups, rows
         self._mesh, self._config = mesh, bundle.config
-        graphdef, shapes, axes = abstract_model(bundle.config)
-        cast = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), bundle.params)
-        self._params = place(cast, param_shardings(shapes, axes, mesh))
+        # A scale is float32 in any case, and an int8 kernel int8.
+        cast = lambda leaf: np.asarray(leaf).astype(dtype)  # noqa: E731
+        if weights == "int8":
+            graphdef, shapes, axes = abstract_quantized(bundle.config)
+            params = quantize_params(bundle.config, bundle.params, cast)
+        else:
+            graphdef, shapes, axes = abstract_model(bundle.config)
+            params = jax.tree.map(cast, bundle.params)
 
         def prefill(params: Any, *arrays: Any) -> Prefix:
             return programs.prefill(nnx.merge(graphdef, params), *arrays)
@@ -56,14 +70,35 @@ class Device:
         def score(params: Any, prefix: Prefix, choices: jax.Array) -> jax.Array:
             return programs.score(nnx.merge(graphdef, params), prefix, choices, vocab=vocab)
 
-        empty = functools.partial(State.empty, bundle.config.text, slots, capacity, dtype, dtype)
+        kv_dtype = jnp.dtype("int8") if kv == "int8" else dtype
+        empty = functools.partial(
+            State.empty, bundle.config.text, groups * num_beams, capacity, num_beams, dtype, kv_dtype
+        )
+        waiting = functools.partial(KVCache.empty, bundle.config.text, rows, capacity, dtype)
         with jax.set_mesh(mesh):
-            places = programs.shardings(jax.eval_shape(empty), mesh)
+            state, prefix = jax.eval_shape(empty), jax.eval_shape(waiting)
+            places, params_places = programs.shardings(state, mesh), param_shardings(shapes, axes, mesh)
+            self.memory = MemoryPlan(
+                parameters=bytes_per_device(params, params_places),
+                slots=bytes_per_device(state, places) * (2 if num_beams > 1 else 1),
+                prefill=bytes_per_device(prefix, programs.cache_shardings(prefix, mesh)),
+                limit=device_limit(mesh) if memory_limit is None else memory_limit,
+            )
+            self.memory.check(groups * num_beams, capacity)
+            # Decoding says how parameters are to lie in memory: it would bring half of them into another
+            # order whenever it is called, as much to read and write as a step takes.
+            layouts = jax.tree.map(lambda place: Format(Layout.AUTO, place), params_places)
+            program = jax.jit(
+                decode, donate_argnums=1, in_shardings=(layouts, places), out_shardings=(places, None, None)
+            )
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+            self._decode = program.lower(abstract, state).compile()
+            layouts = self._decode.input_formats[0][0]
+            self._params = jax.tree.map(jax.device_put, place(params, params_places), layouts)
             self._state = jax.jit(empty, out_shardings=places)()
-        self._prefill = jax.jit(prefill)
-        self._score = jax.jit(score)
+        self._prefill, self._score = jax.jit(prefill), jax.jit(score)
+        self._best_beam = jax.jit(programs.best_beam)
         self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=places)
-        self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(places, None, None))
 
     def prefill(self, batch: Sequence[Prepared]) -> Prefix:
         """Starts prefilling at most `rows` prompts of one bucket. The program has all rows in any case."""
@@ -87,10 +122,10 @@ class Device:
         with jax.set_mesh(self._mesh):
             return self._prefill(self._params, *arrays)
 
-    def insert(self, prefix: Prefix, slots: Sequence[int]) -> None:
-        """Gives prefilled prompts to slots; a row that stays out has the number `self.slots`."""
+    def insert(self, prefix: Prefix, groups: Sequence[int]) -> None:
+        """Gives prefilled prompts to groups; a row that stays out has the number `self.groups`."""
         with jax.set_mesh(self._mesh):
-            self._state = self._insert(self._state, prefix, np.array(slots, np.int32))
+            self._state = self._insert(self._state, prefix, np.array(groups, np.int32))
 
     def decode(self) -> tuple[jax.Array, jax.Array]:
         """Starts the next steps. Returns tokens and log-probabilities, on their way to the host."""
@@ -99,6 +134,12 @@ class Device:
         tokens.copy_to_host_async()
         log_probabilities.copy_to_host_async()
         return tokens, log_probabilities
+
+    def best_beam(self, group: int) -> tuple[list[int], float]:
+        """What a search has found, with its score. Waits for the device."""
+        with jax.set_mesh(self._mesh):
+            tokens, length, score = jax.device_get(self._best_beam(self._state, np.int32(group)))
+        return tokens[:length].tolist(), float(score)
 
     def score(self, batch: Sequence[Prepared[ScoreRequest]]) -> jax.Array:
         """Starts scoring at most `rows` requests of one bucket. Returns log-probabilities [rows, choices]."""

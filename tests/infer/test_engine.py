@@ -175,6 +175,40 @@ def test_greedy_tokens_are_those_of_transformers(
     assert len({completion.tokens for completion in completions}) == len(PROMPTS)
 
 
+BEAMS = (
+    {"num_beams": 3},
+    {"num_beams": 2, "length_penalty": 0.0, "min_new_tokens": 4},
+    {"num_beams": 3, "length_penalty": 2.0, "repetition_penalty": 1.3},
+    {"num_beams": 2, "length_penalty": -1.0, "no_repeat_ngram": 2},
+    {},
+)
+
+
+@pytest.mark.slow
+def test_beams_are_those_of_transformers(pair: Pair) -> None:
+    """Tokens and scores, in searches that end early and late, beside requests without a search."""
+    prompts = list(PROMPTS.values())
+    requests, searches = [], engine(pair.bundle, num_beams=3, slots=6)
+    for number, fields in enumerate(BEAMS):
+        options = SamplingOptions(max_new_tokens=NEW_TOKENS, **fields)
+        requests += [Request((i, number), prompt, options) for i, prompt in enumerate(prompts)]
+    results = {result.key: result for result in searches.complete(requests)}
+    ended = 0
+    for (i, number), result in results.items():
+        names = {"no_repeat_ngram": "no_repeat_ngram_size"}
+        fields = {names.get(name, name): value for name, value in BEAMS[number].items()}
+        theirs = their_generate(pair, prompts[i], **fields)
+        start = their_inputs(pair, prompts[i])["input_ids"].shape[1]
+        assert list(result.completion.tokens) == theirs.sequences[0, start:].tolist(), (i, BEAMS[number])
+        if fields:
+            score = float(theirs.sequences_scores[0])
+            assert result.completion.log_probability == pytest.approx(score, abs=1e-4, rel=1e-6)
+        ended += result.completion.finished
+    assert 0 < ended < len(results)
+    wide = Request(0, prompts[0], SamplingOptions(num_beams=4))
+    assert "started with: 3" in next(searches.complete([wide])).error
+
+
 def test_an_answer_depends_on_nothing_but_its_request(pair: Pair) -> None:
     """To the bit, in any order and company: other slots, other rows of prefilling, other waits."""
     drawn = SamplingOptions(temperature=0.9, top_p=0.95, top_k=80)
@@ -355,3 +389,31 @@ def test_nothing_to_do(pair: Pair) -> None:
 def test_a_model_needs_its_tokenizer(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"holds no tokenizer\.model"):
         engine(dataclasses.replace(pair.bundle, tokenizer_file=None))
+
+
+def test_int8_halves_the_memory_and_keeps_the_probabilities(pair: Pair) -> None:
+    """Of weights and of the cache; what it costs in accuracy is in docs/inference.md."""
+    prompts = [PROMPTS["one image"], PROMPTS["three turns"]]
+    options = SamplingOptions(max_new_tokens=6)
+    exact = answers(pair.engine, prompts, options)
+    for fields in ({"weights": "int8"}, {"kv": "int8"}):
+        small = engine(pair.bundle, **fields)
+        for prompt, found, expected in zip(prompts, answers(small, prompts, options), exact, strict=True):
+            theirs = their_log_probability(pair, prompt, list(found.tokens))
+            assert found.log_probability == pytest.approx(theirs, abs=0.2), fields
+            # Not the same numbers: it was quantized.
+            assert found.log_probability != expected.log_probability
+        part = "parameters" if "weights" in fields else "slots"
+        assert getattr(small.memory, part) < 0.7 * getattr(pair.engine.memory, part)
+
+
+def test_slots_that_do_not_fit_are_refused(pair: Pair) -> None:
+    memory = pair.engine.memory
+    needed = memory.parameters + memory.slots + memory.prefill
+    engine(pair.bundle, memory_limit=int(needed / 0.9) + 2)
+    with pytest.raises(ValueError, match=r"slots=3 of capacity=256 don't fit.*at most slots=2 fit"):
+        engine(pair.bundle, memory_limit=int(needed / 0.9) - 100)
+    with pytest.raises(ValueError, match="not one slot fits"):
+        engine(pair.bundle, memory_limit=1000)
+    with pytest.raises(ValueError, match="kv='fp8' is neither"):
+        engine(pair.bundle, kv="fp8")
