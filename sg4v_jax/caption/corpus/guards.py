@@ -86,6 +86,11 @@ def flags_of(completion: Completion) -> tuple[str, ...]:
     return tuple(flag for flag in FLAGS if found[flag])
 
 
+def badness(flags: tuple[str, ...]) -> tuple[int, ...]:
+    """Worse is greater: no caption, then a loop, then an end that is missing."""
+    return tuple(int(flag in flags) for flag in FLAGS)
+
+
 def loops(tokens: Sequence[int]) -> bool:
     """Whether some unit of tokens comes again and again, anywhere: `_TIMES` in a row at least."""
     ids = np.asarray(tokens)
