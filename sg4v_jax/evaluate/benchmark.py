@@ -159,7 +159,9 @@ class Benchmark(abc.ABC):
         """The published metrics, the headline first. By default the mean score, overall and by category."""
         return by_category("accuracy", marked)
 
-    def submit(self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    def submit(
+        self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
+    ) -> list[pathlib.Path]:
         """Writes the files that the official server or tool takes; none by default."""
         return []
 
@@ -171,7 +173,8 @@ class Benchmark(abc.ABC):
           ValueError: two samples have the same id, or there is none.
         """
         root = self.root(data)
-        samples, problems = (tuple(part) for part in self.read(root))
+        found, complaints = self.read(root)
+        samples, problems = tuple(found), tuple(complaints)
         ids = {sample.id for sample in samples}
         if len(ids) != len(samples):
             raise ValueError(f"{root}: {len(samples)} samples of {self.name}, but {len(ids)} ids")
@@ -189,7 +192,7 @@ class Benchmark(abc.ABC):
             if (data / folder).is_dir():
                 return data / folder
         raise FileNotFoundError(
-            f"{data}: no folder {' or '.join(self.folders)} for {self.name}; docs/evaluation.md lists its files"
+            f"{data}: no folder {' or '.join(self.folders)} for {self.name}; see docs/evaluation.md"
         )
 
 

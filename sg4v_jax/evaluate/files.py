@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # What pandas, which the official runners read tables with, takes for a missing cell.
-_MISSING = frozenset(
-    "|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null|".split(
-        "|"
-    )
-)
+_MISSING = {
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>"),
+    *("N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+}
 
 
 def find(root: pathlib.Path, names: Sequence[str], origin: str) -> pathlib.Path:
@@ -93,7 +92,9 @@ def read_table(path: pathlib.Path, columns: Sequence[str]) -> list[dict[str, str
         reader = csv.DictReader(file, delimiter="\t")
         absent = [name for name in columns if name not in (reader.fieldnames or ())]
         if absent:
-            raise ValueError(f"{path}: no column {', '.join(absent)}; found {', '.join(reader.fieldnames or ())}")
+            raise ValueError(
+                f"{path}: no column {', '.join(absent)}; found {', '.join(reader.fieldnames or ())}"
+            )
         return [
             {name: None if cell in _MISSING else cell for name, cell in row.items() if name is not None}
             for row in reader

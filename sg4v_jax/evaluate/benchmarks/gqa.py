@@ -15,8 +15,12 @@ class GQA(Benchmark):
 
     def read(self, root: pathlib.Path) -> tuple[list[Sample], list[str]]:
         file = "testdev_balanced_questions.json"
-        path = find(root, (f"data/{file}", file, f"data/questions1.2/{file}"), "cs.stanford.edu, GQA questions1.2")
-        images = "images" if (root / "images").is_dir() or not (root / "data/images").is_dir() else "data/images"
+        path = find(
+            root, (f"data/{file}", file, f"data/questions1.2/{file}"), "cs.stanford.edu, GQA questions1.2"
+        )
+        images = (
+            "images" if (root / "images").is_dir() or not (root / "data/images").is_dir() else "data/images"
+        )
         samples: list[Sample] = []
         problems: list[str] = []
         for id_, line in read_json(path, dict).items():
@@ -42,7 +46,9 @@ class GQA(Benchmark):
     def metrics(self, marked: Sequence[Marked]) -> tuple[Metric, ...]:
         return (*by_category("accuracy", marked), *by_category("accuracy", marked, "kind")[1:])
 
-    def submit(self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    def submit(
+        self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
+    ) -> list[pathlib.Path]:
         """The predictions that the official eval.py takes."""
         predictions = [{"questionId": line.id, "prediction": line.parsed} for line in marked]
         return [write_json(folder / "testdev_balanced_predictions.json", predictions)]

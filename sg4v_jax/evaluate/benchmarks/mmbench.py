@@ -56,7 +56,7 @@ class MMBench(Benchmark):
     def sample(self, row: Mapping[str, str | None], image: bytes) -> Sample:
         """A row as a question."""
         choices = options(row)
-        stem = "\n".join(part for part in (row.get("hint"), row["question"]) if not _is_none(part))
+        stem = "\n".join(part for part in (row.get("hint"), row["question"]) if part and not _is_none(part))
         index = row["index"] or ""
         return Sample(
             id=index,
@@ -93,7 +93,9 @@ class MMBench(Benchmark):
         single = {line.id: line.score or 0.0 for lines in groups.values() for line in lines}
         return (*metrics, _accuracy("accuracy without rotations", single))
 
-    def submit(self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    def submit(
+        self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
+    ) -> list[pathlib.Path]:
         """The table with a column of predictions, as the OpenCompass server takes it."""
         source = find(root, self.files, self.origin)
         path = folder / f"{source.stem}.xlsx"

@@ -62,7 +62,9 @@ class MME(Benchmark):
             if lines:
                 terms[category] = _terms(lines)
         sums = [
-            Metric(name, tuple(term for c in categories for term in terms.get(c, ())), 200.0 * len(categories))
+            Metric(
+                name, tuple(term for c in categories for term in terms.get(c, ())), 200.0 * len(categories)
+            )
             for name, categories in (
                 ("perception", PERCEPTION),
                 ("cognition", COGNITION),
@@ -74,7 +76,9 @@ class MME(Benchmark):
             *(Metric(category, parts, 200.0) for category, parts in terms.items()),
         )
 
-    def submit(self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    def submit(
+        self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
+    ) -> list[pathlib.Path]:
         """A file for each category, as `eval_tool/calculation.py` reads them."""
         written = []
         for category in dict.fromkeys(line.fields["category"] for line in marked):
@@ -87,7 +91,7 @@ class MME(Benchmark):
 
 
 def parse(answer: str) -> str:
-    """"yes", "no" or "other", by the first four characters (eval_tool/calculation.py)."""
+    """ "yes", "no" or "other", by the first four characters (eval_tool/calculation.py)."""
     start = answer.lower()[:_PREFIX]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
@@ -120,9 +124,7 @@ def _terms(lines: Iterable[Marked]) -> tuple[Term, Term]:
             {image: sum(pair) for image, pair in scores.items()},
             {image: float(len(pair)) for image, pair in scores.items()},
         ),
-        Term(
-            100.0, {image: float(all(pair)) for image, pair in scores.items()}, dict.fromkeys(scores, 1.0)
-        ),
+        Term(100.0, {image: float(all(pair)) for image, pair in scores.items()}, dict.fromkeys(scores, 1.0)),
     )
 
 

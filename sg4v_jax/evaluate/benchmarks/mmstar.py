@@ -1,5 +1,6 @@
 """MMStar: multiple choice that can't be answered without the image (Chen et al. 2024)."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 
 from sg4v_jax.evaluate.benchmark import Marked, Metric, Sample, by_category
@@ -23,6 +24,6 @@ class MMStar(MMBench):
     def metrics(self, marked: Sequence[Marked]) -> tuple[Metric, ...]:
         return by_category("accuracy", marked)
 
-    def submit(self, *_: object) -> list:  # type: ignore[override]
+    def submit(self, *_: object) -> list[pathlib.Path]:
         """Nothing: the answers are public."""
         return []

@@ -59,7 +59,7 @@ class POPE(Benchmark):
 
 
 def parse(answer: str) -> str:
-    """"no" if the first sentence has the word No, no or not; else "yes" (eval_pope.py)."""
+    """ "no" if the first sentence has the word No, no or not; else "yes" (eval_pope.py)."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 

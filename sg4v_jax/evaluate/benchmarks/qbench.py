@@ -50,7 +50,9 @@ class QBench(Benchmark):
         right = sample.truth in (named, (answer.split(" ") or [""])[0], answer)
         return Mark(answer[:1] if named else "", None if sample.truth is None else float(right))
 
-    def submit(self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    def submit(
+        self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
+    ) -> list[pathlib.Path]:
         """The records with a `response`, one on each line."""
         lines = read_json(root / "llvisionqa_dev.json", list)
         answers = {int(line.id): line.answer for line in marked}

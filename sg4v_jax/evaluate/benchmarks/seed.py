@@ -43,7 +43,9 @@ class SEED(Benchmark):
     def mark(self, sample: Sample, answer: str) -> Mark:
         return Mark(answer if answer in LETTERS[:4] else "", float(answer == sample.truth))
 
-    def submit(self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    def submit(
+        self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
+    ) -> list[pathlib.Path]:
         """JSON lines as the leaderboard takes them."""
         lines = ({"question_id": line.id, "prediction": line.parsed} for line in marked)
         return [write_lines(folder / "seed_bench_image.jsonl", lines)]

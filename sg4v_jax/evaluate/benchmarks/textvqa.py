@@ -31,7 +31,9 @@ class TextVQA(Benchmark):
             if self.with_ocr and key not in prompts:
                 problems.append(f"{path.name}: record {index}: no OCR tokens for image {line['image_id']}")
             elif len(line["answers"]) != _ANSWERS:
-                problems.append(f"{path.name}: record {index}: {len(line['answers'])} answers, not {_ANSWERS}")
+                problems.append(
+                    f"{path.name}: record {index}: {len(line['answers'])} answers, not {_ANSWERS}"
+                )
             else:
                 samples.append(
                     Sample(

@@ -26,7 +26,13 @@ class VizWiz(Benchmark):
         problems: list[str] = []
         lines = json_lines(path, ("question_id", "image", "text"), problems)
         samples = [
-            Sample(str(line["question_id"]), line["text"], f"test/{line['image']}", None, {"image": line["image"]})
+            Sample(
+                str(line["question_id"]),
+                line["text"],
+                f"test/{line['image']}",
+                None,
+                {"image": line["image"]},
+            )
             for _, line in lines
         ]
         return samples, problems
@@ -34,7 +40,9 @@ class VizWiz(Benchmark):
     def mark(self, sample: Sample, answer: str) -> Mark:
         return Mark(evalai_answer(answer), None)
 
-    def submit(self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    def submit(
+        self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
+    ) -> list[pathlib.Path]:
         """The list of images and answers that the server takes."""
         answers = [{"image": line.fields["image"], "answer": line.parsed} for line in marked]
         return [write_json(folder / "vizwiz_test.json", answers)]
@@ -52,7 +60,7 @@ class VizWizVal(VizWiz):
     def mark(self, sample: Sample, answer: str) -> Mark:
         return Mark(evalai_answer(answer), vqa_accuracy(answer, sample.truth))
 
-    def submit(self, *_: object) -> list:  # type: ignore[override]
+    def submit(self, *_: object) -> list[pathlib.Path]:
         """Nothing: the answers are public."""
         return []
 

@@ -34,7 +34,9 @@ class VQAv2(Benchmark):
     def mark(self, sample: Sample, answer: str) -> Mark:
         return Mark(evalai_answer(answer), None)
 
-    def submit(self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    def submit(
+        self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
+    ) -> list[pathlib.Path]:
         """The server wants all of the test split; what isn't in test-dev gets an empty answer.
 
         Raises:
@@ -75,7 +77,7 @@ class VQAv2Val(VQAv2):
     def mark(self, sample: Sample, answer: str) -> Mark:
         return Mark(evalai_answer(answer), vqa_accuracy(answer, sample.truth))
 
-    def submit(self, *_: object) -> list:  # type: ignore[override]
+    def submit(self, *_: object) -> list[pathlib.Path]:
         """Nothing: the answers are public."""
         return []
 
