@@ -14,7 +14,7 @@ import pytest
 
 from sg4v_jax.__main__ import main, split_config
 from sg4v_jax.convert.load import load_model
-from sg4v_jax.infer.generate import Generator
+from sg4v_jax.infer.engine import Engine
 from sg4v_jax.train import metrics
 from sg4v_jax.world import load_photos
 
@@ -281,7 +281,7 @@ def test_caption_goes_on_where_it_stopped(
 
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(Generator, "generate", lambda *_: pytest.fail("there was nothing left to do"))
+        patch.setattr(Engine, "_run", lambda *_: pytest.fail("there was nothing left to do"))
         run(*argv)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 

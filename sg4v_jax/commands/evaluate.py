@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from sg4v_jax.commands.common import add_command, add_sampling, load_generator, progress_bar
+from sg4v_jax.commands.common import add_command, add_sampling, load_engine, progress_bar
 
 
 def add(commands: Any) -> None:
@@ -22,7 +22,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--images", required=True, help="folder that `image` is relative to")
     parser.add_argument("--output", required=True, help="JSONL of answers")
     parser.add_argument("--truth", help="JSONL with question_id, answer and optionally category")
-    parser.add_argument("--batch-size", type=int, default=16)
 
 
 def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
@@ -31,16 +30,15 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     from sg4v_jax.evaluate.exact import score_file
 
     questions = read_jsonl(arguments.questions, ("question_id", "text"))
-    generator, options = load_generator(arguments)
+    engine, options = load_engine(arguments)
     answer_questions(
-        generator,
+        engine,
         questions,
         arguments.images,
         arguments.output,
         options=options,
-        batch_size=arguments.batch_size,
         model_id=os.path.basename(os.path.normpath(arguments.model)),
-        progress=progress_bar("batches"),
+        progress=progress_bar("answers"),
     )
     print(f"{arguments.output}: {len(questions)} answers")
     if arguments.truth:

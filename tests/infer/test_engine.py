@@ -1,7 +1,8 @@
-"""Generation: token for token that of `transformers`; batches, streams, stops and limits."""
+"""The engine: token for token what `transformers` generates, whatever else it does; stops, limits, errors."""
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from sg4v_jax.data.image import load_image, normalize_reference, preprocess
 from sg4v_jax.data.records import Turn
 from sg4v_jax.data.sample import expand_images
 from sg4v_jax.data.tokenizer import Tokenizer
-from sg4v_jax.infer.generate import Generator, Prompt
+from sg4v_jax.infer.engine import Engine
+from sg4v_jax.infer.request import Completion, Prompt, Request
 from sg4v_jax.infer.sampling import SamplingOptions
 from sg4v_jax.parallel.mesh import make_mesh
 from tests.conftest import TinyWorld
@@ -36,12 +38,12 @@ class Pair:
     Attributes:
       theirs: the model of `transformers`.
       bundle: what our loader read from its files.
-      generator: ours, in float32.
+      engine: ours, in float32.
     """
 
     theirs: Any
     bundle: ModelBundle
-    generator: Generator
+    engine: Engine
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +63,24 @@ def pair(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pai
     model_config, params = load(directory)
     assert model_config.text.vocab_size == vocab
     bundle = ModelBundle(model_config, params, tiny_world.tokenizer)
-    return Pair(theirs, bundle, generator(bundle))
+    return Pair(theirs, bundle, engine(bundle))
 
 
-def generator(bundle: ModelBundle) -> Generator:
-    return Generator(bundle, make_mesh(), "float32")
+def engine(bundle: ModelBundle, **settings: Any) -> Engine:
+    return Engine(
+        bundle, make_mesh(), "float32", **{"slots": 3, "capacity": 256, "prefill_rows": 2, **settings}
+    )
+
+
+def answers(
+    engine: Engine, prompts: Sequence[Prompt], options: SamplingOptions | Sequence[SamplingOptions]
+) -> list[Completion]:
+    """Completions in the order of the prompts."""
+    rows = [options] * len(prompts) if isinstance(options, SamplingOptions) else options
+    requests = [Request(i, *both) for i, both in enumerate(zip(prompts, rows, strict=True))]
+    results = {result.key: result for result in engine.complete(iter(requests))}
+    assert not any(result.error for result in results.values()), results
+    return [results[i].completion for i in range(len(prompts))]
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> bytes:
@@ -93,7 +108,7 @@ PROMPTS = {
 
 def their_tokens(pair: Pair, prompt: Prompt, **options: Any) -> list[int]:
     """What `generate` of transformers gives for the same ids and pixels."""
-    config, tokenizer = pair.bundle.config, pair.generator.tokenizer
+    config, tokenizer = pair.bundle.config, pair.engine.tokenizer
     template, has_images = get_template(pair.bundle.template), bool(prompt.images)
     turns = place_images(prompt.turns) if has_images else prompt.turns
     ids = encode_prompt(template, turns, tokenizer, has_images=has_images)
@@ -125,7 +140,7 @@ def their_tokens(pair: Pair, prompt: Prompt, **options: Any) -> list[int]:
 def test_greedy_tokens_are_those_of_transformers(pair: Pair, penalty: float) -> None:
     """For every prompt by itself there, and all in one batch here."""
     options = SamplingOptions(max_new_tokens=NEW_TOKENS, repetition_penalty=penalty)
-    completions = pair.generator.generate(list(PROMPTS.values()), options)
+    completions = answers(pair.engine, list(PROMPTS.values()), options)
     lengths = []
     for (name, prompt), completion in zip(PROMPTS.items(), completions, strict=True):
         expected = their_tokens(pair, prompt, repetition_penalty=penalty)
@@ -142,13 +157,13 @@ def test_a_batch_gives_each_row_what_it_gets_alone(pair: Pair) -> None:
     sampled = SamplingOptions(max_new_tokens=20, temperature=0.8, top_p=0.9, top_k=50)
     rows = [greedy, dataclasses.replace(sampled, seed=1), dataclasses.replace(sampled, seed=2), greedy]
     prompts = list(PROMPTS.values())
-    together = pair.generator.generate(prompts, rows)
+    together = answers(pair.engine, prompts, rows)
     for prompt, row, completion in zip(prompts, rows, together, strict=True):
-        assert pair.generator.generate([prompt], row)[0] == completion
+        assert answers(pair.engine, [prompt], row)[0] == completion
     # The seed decides, not the place in the batch.
-    backwards = pair.generator.generate(prompts[::-1], rows[::-1])
+    backwards = answers(pair.engine, prompts[::-1], rows[::-1])
     assert backwards[::-1] == together
-    other = pair.generator.generate([prompts[1]], dataclasses.replace(sampled, seed=3))
+    other = answers(pair.engine, [prompts[1]], dataclasses.replace(sampled, seed=3))
     assert other[0].tokens != together[1].tokens
 
 
@@ -156,19 +171,19 @@ def test_stream_adds_up_to_the_answer(pair: Pair) -> None:
     for name, prompt in PROMPTS.items():
         for seed in range(3):
             options = SamplingOptions(max_new_tokens=40, temperature=1.0, seed=seed)
-            pieces = list(pair.generator.stream(prompt, options))
-            assert "".join(pieces) == pair.generator.generate([prompt], options)[0].text, (name, seed)
+            pieces = list(pair.engine.stream(prompt, options))
+            assert "".join(pieces) == answers(pair.engine, [prompt], options)[0].text, (name, seed)
 
 
 def test_tokens_that_the_tokenizer_lacks_never_come_out(pair: Pair) -> None:
     """Not even where the model wants nothing else."""
-    known = pair.generator.tokenizer.vocab_size
+    known = pair.engine.tokenizer.vocab_size
     params = jax.tree.map(np.copy, pair.bundle.params)
     params["text"]["head"]["kernel"][:, known:] *= 50
-    wild = generator(dataclasses.replace(pair.bundle, params=params))
+    wild = engine(dataclasses.replace(pair.bundle, params=params))
     hot = SamplingOptions(max_new_tokens=40, temperature=2.0)
     for options in (hot, dataclasses.replace(hot, temperature=0.0)):
-        for completion in wild.generate([PROMPTS["no image"], PROMPTS["one image"]], options):
+        for completion in answers(wild, [PROMPTS["no image"], PROMPTS["one image"]], options):
             assert max(completion.tokens) < known
 
 
@@ -177,8 +192,8 @@ def test_limits_are_kept(pair: Pair, limit: int) -> None:
     """Each row's own, also where it falls in the middle of what is decoded at a time."""
     rows = [SamplingOptions(max_new_tokens=limit), SamplingOptions(max_new_tokens=33)]
     prompts = [PROMPTS["one image"], PROMPTS["no image"]]
-    short, long = pair.generator.generate(prompts, rows)
-    whole = pair.generator.generate(prompts, SamplingOptions(max_new_tokens=33))
+    short, long = answers(pair.engine, prompts, rows)
+    whole = answers(pair.engine, prompts, SamplingOptions(max_new_tokens=33))
     assert short.tokens == whole[0].tokens[:limit]
     assert long == whole[1]
     if len(whole[0].tokens) == 33:
@@ -198,36 +213,64 @@ def test_generation_stops(pair: Pair, template: str, stop: str) -> None:
     """At the end token, and in a plain caption at the newline; the text ends before either."""
     prompt = Prompt((human("<image>"),), (picture(7),))
     bundle = dataclasses.replace(pair.bundle, template=template)
-    tokenizer = pair.generator.tokenizer
+    tokenizer = pair.engine.tokenizer
     end = tokenizer.eos_id if stop == "</s>" else tokenizer.encode("\n")[-1]
-    free = generator(bundle).generate([prompt], SamplingOptions(max_new_tokens=30))[0].tokens
+    free = answers(engine(bundle), [prompt], SamplingOptions(max_new_tokens=30))[0].tokens
     used = set(encode_prompt(get_template(template), prompt.turns, tokenizer).tolist()) | {end}
     # The first late token that came up for the first time, and not in the prompt, becomes the end.
     at = next(i for i in range(4, len(free)) if free[i] not in used | set(free[:i]))
     assert end not in free[: at + 1]
-    stopping = generator(swapped(bundle, free[at], end))
-    (completion,) = stopping.generate([prompt], SamplingOptions(max_new_tokens=30))
+    stopping = engine(swapped(bundle, free[at], end))
+    (completion,) = answers(stopping, [prompt], SamplingOptions(max_new_tokens=30))
     assert completion.tokens == (*free[:at], end)
     assert completion.finished
     assert completion.text == tokenizer.decode(free[:at]).strip()
     assert "".join(stopping.stream(prompt, SamplingOptions(max_new_tokens=30))) == completion.text
 
 
-def test_over_long_prompts_are_refused(pair: Pair) -> None:
+def test_bad_requests_cost_themselves(pair: Pair) -> None:
+    """Their results say what was wrong; the others are answered as if they were alone."""
     long = Prompt((human("red " * MAX_POSITIONS),))
-    with pytest.raises(ValueError, match=rf"exceed the model's {MAX_POSITIONS} positions; shorten it"):
-        pair.generator.generate([PROMPTS["no image"], long], SamplingOptions(max_new_tokens=1))
-    with pytest.raises(ValueError, match=f"and {MAX_POSITIONS} new ones"):
-        pair.generator.generate([PROMPTS["no image"]], SamplingOptions(max_new_tokens=MAX_POSITIONS))
+    options = SamplingOptions(max_new_tokens=4)
+    bad = {
+        "long": (long, options, "positions of a slot; shorten it"),
+        "many": (
+            PROMPTS["one image"],
+            SamplingOptions(max_new_tokens=300),
+            "and max_new_tokens=300 are more than",
+        ),
+        "broken": (
+            Prompt((human("<image>\nWhat?"),), (b"no image",)),
+            options,
+            "image 0 of the prompt: can't be",
+        ),
+        "missing": (Prompt((human("<image>\nWhat?"),)), options, ""),
+        "surplus": (Prompt((human("<image>\n<image>"),), (picture(0),)), options, "1 images for 2 <image>"),
+        "wrong": (Prompt((human("<image>\nWhat?"),), ("a.png",)), options, "a bytes-like object is required"),  # type: ignore[arg-type]
+        "empty": (Prompt(()), options, "at least one turn"),
+    }
+    requests = [Request(name, prompt, row) for name, (prompt, row, _) in bad.items()]
+    good = [Request(name, prompt, options) for name, prompt in PROMPTS.items()]
+    mixed = [request for both in zip(good + good[:3], requests, strict=True) for request in both]
+    results = list(pair.engine.complete(mixed))
+    assert len(results) == len(mixed)
+    errors = {result.key: result.error for result in results if result.error}
+    assert errors.keys() == bad.keys() - {"missing"}, "an <image> without images is text"
+    for name, error in errors.items():
+        assert bad[name][2] in error, (name, error)
+        assert all(result.completion is None for result in results if result.key == name)
+    alone = dict(zip(PROMPTS, answers(pair.engine, list(PROMPTS.values()), options), strict=True))
+    for result in results:
+        if result.key in PROMPTS:
+            assert result.completion == alone[result.key]
+    with pytest.raises(ValueError, match="1 images for 2"):
+        list(pair.engine.stream(*bad["surplus"][:2]))
 
 
 def test_nothing_to_do(pair: Pair) -> None:
-    assert pair.generator.generate([], SamplingOptions()) == []
+    assert list(pair.engine.complete([])) == []
 
 
-def test_errors_name_the_thing(pair: Pair) -> None:
+def test_a_model_needs_its_tokenizer(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"holds no tokenizer\.model"):
-        generator(dataclasses.replace(pair.bundle, tokenizer_file=None))
-    broken = Prompt((human("<image>\nWhat?"),), (b"no image",))
-    with pytest.raises(ValueError, match="image 0 of prompt 1: can't be decoded"):
-        pair.generator.generate([PROMPTS["one image"], broken], SamplingOptions(max_new_tokens=1))
+        engine(dataclasses.replace(pair.bundle, tokenizer_file=None))
