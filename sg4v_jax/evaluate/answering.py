@@ -69,8 +69,9 @@ def answer_samples(
             list(journal.entries())  # Cuts off what a kill left half written.
             answered = {id_ for id_, entry in read_answers(folder).items() if not entry["error"]}
             todo = [s for s in samples[index::count] if s.id not in answered]
-            for entry in progress(_ask(engine, loaded, todo, settings)):
-                journal.append(entry)
+            if todo:
+                for entry in progress(_ask(engine, loaded, todo, settings)):
+                    journal.append(entry)
         finally:
             journal.close()
     return len(todo)

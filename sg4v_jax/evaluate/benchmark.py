@@ -6,6 +6,7 @@ its metrics are sums of ratios of sums over units, so that one bootstrap serves 
 
 import abc
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -165,14 +166,14 @@ class Benchmark(abc.ABC):
         """Writes the files that the official server or tool takes; none by default."""
         return []
 
-    def load(self, data: pathlib.Path) -> Loaded:
+    def load(self, data: str | os.PathLike[str]) -> Loaded:
         """Reads the samples below the data directory.
 
         Raises:
           FileNotFoundError: there is no folder of this benchmark, or a file is missing in it.
           ValueError: two samples have the same id, or there is none.
         """
-        root = self.root(data)
+        root = self.root(pathlib.Path(data))
         found, complaints = self.read(root)
         samples, problems = tuple(found), tuple(complaints)
         ids = {sample.id for sample in samples}

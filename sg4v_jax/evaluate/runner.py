@@ -49,7 +49,7 @@ class Report:
 def run_benchmark(
     benchmark: Benchmark,
     engine: Answers,
-    data: str | os.PathLike[str],
+    loaded: Loaded,
     output: str | os.PathLike[str],
     *,
     model: str,
@@ -63,7 +63,7 @@ def run_benchmark(
     Args:
       benchmark: from `registry`.
       engine: the model.
-      data: directory with the benchmarks' folders.
+      loaded: its samples, from `Benchmark.load`.
       output: directory of the run; the benchmark gets a folder in it.
       model: the model's name, for the records.
       choices: what is not to be as published.
@@ -72,11 +72,9 @@ def run_benchmark(
       progress: wraps the iteration over answers.
 
     Raises:
-      FileNotFoundError: the benchmark's files aren't there.
-      ValueError: the output holds another run.
+      ValueError: the output holds another run, or the mode doesn't suit the benchmark.
     """
     choices = choices or Choices()
-    loaded = benchmark.load(pathlib.Path(data))
     samples = loaded.samples[: choices.limit or None]
     settings = choices.settings(benchmark, model, samples)
     folder = pathlib.Path(output) / benchmark.name
