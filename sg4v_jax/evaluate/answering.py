@@ -64,7 +64,8 @@ def answer_samples(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"answers-{index:03d}-of-{count:03d}.jsonl"
     with _locked(path):
-        journal = Journal(path)
+        # Answers cost little: thousands of them need not each wait for the disk.
+        journal = Journal(path, sync=False)
         try:
             list(journal.entries())  # Cuts off what a kill left half written.
             answered = {id_ for id_, entry in read_answers(folder).items() if not entry["error"]}

@@ -84,8 +84,8 @@ def _radar(comparison: Comparison) -> str:
     key = "".join(f"<span><i class=k{i}></i>{escape(n)}</span>" for i, n in enumerate(models))
     return (
         f"<section>{radar_chart([BENCHMARKS[row.benchmark].title for row in rows], models)}"
-        f"<p class=key>{key}</p><p class=note>Each axis ends at the best score shown and begins at half of it."
-        "</p></section>"
+        f"<p class=key>{key}</p>"
+        "<p class=note>Each axis ends at the best score shown and begins at half of it.</p></section>"
     )
 
 
@@ -149,8 +149,8 @@ def _flips(
 def _card(names: tuple[str, str], flip: Flip, question: Mapping[str, Any], picture: str) -> str:
     better = flip.scores[1] > flip.scores[0]
     answers = "".join(
-        f"<p class={'up' if (side == 1) == better else 'down'}><b>{escape(name)}</b> {escape(_short(answer))} "
-        f"<small>{score:.2f}</small></p>"
+        f"<p class={'up' if (side == 1) == better else 'down'}><b>{escape(name)}</b> "
+        f"{escape(_short(answer))} <small>{score:.2f}</small></p>"
         for side, (name, answer, score) in enumerate(zip(names, flip.answers, flip.scores, strict=True))
     )
     truth = flip.truth if isinstance(flip.truth, str) else "; ".join(map(str, flip.truth or ()))

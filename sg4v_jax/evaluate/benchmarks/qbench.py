@@ -7,8 +7,6 @@ from sg4v_jax.evaluate.benchmark import LETTERS, Benchmark, Mark, Marked, Sample
 from sg4v_jax.evaluate.choices import lettered
 from sg4v_jax.evaluate.files import find, read_json, records, write_lines
 
-_CONCERNS = ("distortion", "other", "in-context distortion", "in-context other")
-
 
 class QBench(Benchmark):
     """Asked with a template and a phrase of its own, as in the published script."""
@@ -30,14 +28,13 @@ class QBench(Benchmark):
         ):
             choices = tuple(line["candidates"])
             opening = f"{line['question']}\nChoose between one of the options as follows:"
-            concern = line.get("concern")
             samples.append(
                 Sample(
                     id=f"{index}",
                     question=f"{opening}{lettered(choices)}\n",
                     image=f"{folder}/{line['img_path']}",
                     truth=line.get("correct_ans"),
-                    fields={"category": _CONCERNS[concern] if isinstance(concern, int) else concern},
+                    fields={"category": f"concern {line['concern']}" if "concern" in line else None},
                     choices=choices,
                     stem=line["question"],
                 )
