@@ -49,9 +49,11 @@ class JudgedBenchmark(Benchmark):
             unread = []
             for i, verdict in zip(left, judge.ask(asked), strict=True):
                 mark = None if verdict.error else self.read_verdict(verdict.text)
-                if mark is None:
+                if verdict.error:
+                    reasons[samples[i].id] = verdict.error
+                elif mark is None:
                     unread.append(i)
-                    reasons[samples[i].id] = verdict.error or f"unreadable verdict: {verdict.text[:200]!r}"
+                    reasons[samples[i].id] = f"unreadable verdict: {verdict.text[:200]!r}"
                 else:
                     marks[i] = mark
                     reasons.pop(samples[i].id, None)

@@ -63,22 +63,7 @@ def pope(root: pathlib.Path) -> None:
 
 def mmbench(root: pathlib.Path, name: str = "mmbench/mmbench_dev_20230712.tsv") -> None:
     image = base64.b64encode(png()).decode()
-    columns = [
-        "index",
-        "question",
-        "hint",
-        "A",
-        "B",
-        "C",
-        "D",
-        "answer",
-        "category",
-        "image",
-        "source",
-        "l2-category",
-        "comment",
-        "split",
-    ]
+    columns = "index,question,hint,A,B,C,D,answer,category,image,source,l2-category,comment,split"
     options = ["a cat", 'a "red" dog', "two", "None"]
     rows = []
     for number in (7, 8):
@@ -90,7 +75,7 @@ def mmbench(root: pathlib.Path, name: str = "mmbench/mmbench_dev_20230712.tsv") 
             cell = image if turn == 0 or number == 7 else str(number)
             rows.append([*values, answer, f"kind {number}", cell, "web", "coarse", "", "dev"])
     quote = lambda cell: '"' + str(cell).replace('"', '""') + '"' if cell != "" else ""  # noqa: E731
-    text = "\n".join("\t".join(map(quote, row)) for row in [columns.split(), *rows]) + "\n"
+    text = "\n".join("\t".join(map(quote, row)) for row in [columns.split(","), *rows]) + "\n"
     write(root / name, text)
 
 

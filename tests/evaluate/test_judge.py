@@ -80,7 +80,7 @@ def test_llava_bench(tmp_path: pathlib.Path) -> None:
     with judging(answer) as (url, asked):
         report = run("llava-bench", tmp_path, url)
         metrics = {name: metric["value"] for name, metric in report.scores["metrics"].items()}
-        # Not the mean of 75 and 100: ratings are summed first. "9.0, 9" has three words, as the tool counts.
+        # "9.0, 9" is three words for the official tool, so it is no verdict.
         assert metrics == {"all": pytest.approx(75.0), "conv": pytest.approx(75.0)}
         judge = report.scores["judge"]
         assert judge["answered"] == ["judge-2026"] and judge["published_with"] == "gpt-4-0314"
@@ -107,11 +107,8 @@ def test_mmvet_asks_again_for_a_number(tmp_path: pathlib.Path) -> None:
         report = run("mmvet", tmp_path, url)
     metrics = {name: metric["value"] for name, metric in report.scores["metrics"].items()}
     assert metrics == {"total": 75.0, "math": 100.0, "ocr": 100.0, "rec": 50.0}
-    hard = [
-        body
-        for body in asked
-        if "What is x? | -1 <AND> -5 | answer v1_0 | " in body["messages"][0]["content"]
-    ]
+    row = "What is x? | -1 <AND> -5 | answer v1_0 | "
+    hard = [body for body in asked if row in body["messages"][0]["content"]]
     assert [body["temperature"] for body in hard] == [0.0, 0.0, 0.5]
     assert all(body["max_tokens"] == 3 for body in asked)
 
@@ -132,9 +129,9 @@ def test_errors_of_the_endpoint(tmp_path: pathlib.Path) -> None:
         assert run("mmvet", tmp_path / "busy", url).scores["metrics"]["total"]["value"] == 100
     with judging(lambda body: (400, "content policy")) as (url, asked):
         report = run("mmvet", tmp_path / "refused", url)
-        assert "content policy" in report.scores["judge"]["reasons"]["v1_0"] and len(asked) == 12
+        assert "content policy" in report.scores["judge"]["reasons"]["v1_0"] and len(asked) == 2
     with (
         judging(lambda body: (401, "bad key")) as (url, _),
-        pytest.raises(ValueError, match="the judge can't be asked.*bad key"),
+        pytest.raises(ValueError, match=r"the judge can't be asked.*bad key"),
     ):
         run("mmvet", tmp_path / "key", url)
