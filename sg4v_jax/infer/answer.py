@@ -36,6 +36,11 @@ class Answer:
             if len(self._tokens) >= self.request.options.max_new_tokens:
                 return self._finish(LENGTH)
 
+    def take_beam(self, tokens: Sequence[int], score: float) -> None:
+        """Ends the answer with what a beam search has found."""
+        self._tokens, self._log_probabilities = list(tokens), [score]
+        self._finish(END if tokens[-1] in self._stop_ids else LENGTH)
+
     def text_so_far(self) -> str:
         """The text that no further token can change."""
         if self.completion is not None:

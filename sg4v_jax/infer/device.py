@@ -11,9 +11,13 @@ from flax import nnx
 
 from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.infer import state as programs
+from sg4v_jax.infer.memory import MemoryPlan, bytes_per_device, device_limit
 from sg4v_jax.infer.prepare import Prepared
+from sg4v_jax.infer.quantize import abstract_quantized, quantize_params
+from sg4v_jax.infer.request import ScoreRequest
 from sg4v_jax.infer.sampling import RowOptions, SamplingOptions
 from sg4v_jax.infer.state import NOTHING, Prefix, State
+from sg4v_jax.models.cache import KVCache
 from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.parallel.placement import param_shardings, place
 
@@ -22,8 +26,9 @@ class Device:
     """Parameters and slots on a mesh.
 
     Attributes:
-      slots: how many slots there are.
+      groups: how many groups of slots there are: of one slot each, without beams.
       rows: prompts that are prefilled together.
+      memory: what all this takes.
     """
 
     def __init__(
@@ -32,18 +37,27 @@ class Device:
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype,
         *,
-        slots: int,
+        weights: str,
+        kv: str,
+        memory_limit: int | None,
+        groups: int,
+        num_beams: int,
         capacity: int,
         rows: int,
         steps: int,
         vocab: int,
         stop_ids: tuple[int, ...],
     ):
-        self.slots, self.rows = slots, rows
+        self.groups, self.rows = groups, rows
         self._mesh, self._config = mesh, bundle.config
-        graphdef, shapes, axes = abstract_model(bundle.config)
-        cast = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), bundle.params)
-        self._params = place(cast, param_shardings(shapes, axes, mesh))
+        # A scale is float32 in any case, and an int8 kernel int8.
+        cast = lambda leaf: np.asarray(leaf).astype(dtype)  # noqa: E731
+        if weights == "int8":
+            graphdef, shapes, axes = abstract_quantized(bundle.config)
+            params = quantize_params(bundle.config, bundle.params, cast)
+        else:
+            graphdef, shapes, axes = abstract_model(bundle.config)
+            params = jax.tree.map(cast, bundle.params)
 
         def prefill(params: Any, *arrays: Any) -> Prefix:
             return programs.prefill(nnx.merge(graphdef, params), *arrays)
@@ -52,11 +66,32 @@ class Device:
             model = nnx.merge(graphdef, params)
             return programs.decode(model, state, steps=steps, vocab=vocab, stop_ids=stop_ids)
 
-        empty = functools.partial(State.empty, bundle.config.text, slots, capacity, dtype, dtype)
+        def score(params: Any, prefix: Prefix, choices: jax.Array) -> jax.Array:
+            return programs.score(nnx.merge(graphdef, params), prefix, choices, vocab=vocab)
+
+        kv_dtype = jnp.dtype("int8") if kv == "int8" else dtype
+        empty = functools.partial(
+            State.empty, bundle.config.text, groups * num_beams, capacity, num_beams, dtype, kv_dtype
+        )
         with jax.set_mesh(mesh):
-            places = programs.shardings(jax.eval_shape(empty), mesh)
+            slots = jax.eval_shape(empty)
+            places = programs.shardings(slots, mesh)
+            params_places = param_shardings(shapes, axes, mesh)
+            waiting = jax.eval_shape(
+                functools.partial(KVCache.empty, bundle.config.text, rows, capacity, dtype)
+            )
+            self.memory = MemoryPlan(
+                parameters=bytes_per_device(params, params_places),
+                slots=bytes_per_device(slots, places) * (2 if num_beams > 1 else 1),
+                prefill=bytes_per_device(waiting, programs.cache_shardings(waiting, mesh)),
+                limit=device_limit(mesh) if memory_limit is None else memory_limit,
+            )
+            self.memory.check(groups * num_beams, capacity)
+            self._params = place(params, params_places)
             self._state = jax.jit(empty, out_shardings=places)()
         self._prefill = jax.jit(prefill)
+        self._best_beam = jax.jit(programs.best_beam)
+        self._score = jax.jit(score)
         self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=places)
         self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(places, None, None))
 
@@ -82,10 +117,10 @@ class Device:
         with jax.set_mesh(self._mesh):
             return self._prefill(self._params, *arrays)
 
-    def insert(self, prefix: Prefix, slots: Sequence[int]) -> None:
-        """Gives prefilled prompts to slots; a row that stays out has the number `self.slots`."""
+    def insert(self, prefix: Prefix, groups: Sequence[int]) -> None:
+        """Gives prefilled prompts to groups; a row that stays out has the number `self.groups`."""
         with jax.set_mesh(self._mesh):
-            self._state = self._insert(self._state, prefix, np.array(slots, np.int32))
+            self._state = self._insert(self._state, prefix, np.array(groups, np.int32))
 
     def decode(self) -> tuple[jax.Array, jax.Array]:
         """Starts the next steps. Returns tokens and log-probabilities, on their way to the host."""
@@ -94,3 +129,22 @@ class Device:
         tokens.copy_to_host_async()
         log_probabilities.copy_to_host_async()
         return tokens, log_probabilities
+
+    def best_beam(self, group: int) -> tuple[list[int], float]:
+        """What a search has found, with its score. Waits for the device."""
+        with jax.set_mesh(self._mesh):
+            tokens, length, score = jax.device_get(self._best_beam(self._state, np.int32(group)))
+        return tokens[:length].tolist(), float(score)
+
+    def score(self, batch: Sequence[Prepared[ScoreRequest]]) -> jax.Array:
+        """Starts scoring at most `rows` requests of one bucket. Returns log-probabilities [rows, choices]."""
+        bucket = batch[0].bucket
+        choices = np.full((self.rows, bucket.choices, bucket.choice_length), NOTHING, np.int32)
+        for row, prepared in enumerate(batch):
+            for number, tokens in enumerate(prepared.choices):
+                choices[row, number, : len(tokens)] = tokens
+        prefix = self.prefill(batch)
+        with jax.set_mesh(self._mesh):
+            scores: jax.Array = self._score(self._params, prefix, choices)
+        scores.copy_to_host_async()
+        return scores

@@ -6,6 +6,7 @@ for a slot. What a decoding program returns is fetched while the next one runs, 
 waits for the host.
 """
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,11 +20,11 @@ from sg4v_jax.data.conversation import get_template, stop_string
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.infer.answer import Answer
 from sg4v_jax.infer.device import Device
-from sg4v_jax.infer.prepare import Preparer
+from sg4v_jax.infer.prepare import AnyRequest, Prepared, Preparer
 from sg4v_jax.infer.queue import Queue
-from sg4v_jax.infer.request import Prompt, Request, Result
+from sg4v_jax.infer.request import Prompt, Request, Result, ScoreRequest, ScoreResult
 from sg4v_jax.infer.sampling import SamplingOptions
-from sg4v_jax.infer.state import NOTHING, Prefix
+from sg4v_jax.infer.state import FOUND, NOTHING, SEARCHING, Prefix
 from sg4v_jax.infer.stats import Stats
 from sg4v_jax.parallel import rules
 
@@ -37,7 +38,8 @@ class Engine:
     Attributes:
       bundle: the model.
       tokenizer: its tokenizer.
-      slots: requests that decode together.
+      slots: rows that decode together.
+      memory: what the engine takes of it.
       stats: what was done so far.
     """
 
@@ -47,10 +49,14 @@ class Engine:
         mesh: jax.sharding.Mesh,
         dtype: jnp.dtype | str = "bfloat16",
         *,
+        weights: str = "float",
+        kv: str = "float",
         slots: int = 16,
         capacity: int = 2048,
+        num_beams: int = 1,
         prefill_rows: int = 4,
         steps: int = 4,
+        memory_limit: int | None = None,
     ):
         """Places the parameters on `mesh` and makes room for the slots.
 
@@ -59,35 +65,49 @@ class Engine:
           mesh: where to run: `tensor` for latency, `data` for throughput. Slots are spread over the
             batch axes and rounded up to fill them.
           dtype: what to compute in.
-          slots: requests that decode together.
+          weights, kv: `int8` for the decoder's matrices, or for keys and values: half the memory of
+            bfloat16 and half the time to read it, for a little accuracy (docs/inference.md). `float` is
+            `dtype`.
+          slots: rows that decode together: requests, or beams of them.
+          num_beams: most beams of a request. With more than one, every request takes so many slots.
           capacity: positions of a slot, images included; at most the model's.
           prefill_rows: prompts that are prefilled together.
           steps: tokens per slot that one program generates. More of them cost slots that end early,
             fewer cost the host.
+          memory_limit: bytes that one device may give; by default, what it says that it has.
 
         Raises:
-          ValueError: if the bundle has no tokenizer.
+          ValueError: if the bundle has no tokenizer, or the slots don't fit into memory.
         """
+        for name, kind in (("weights", weights), ("kv", kv)):
+            if kind not in ("float", "int8"):
+                raise ValueError(f"{name}={kind!r} is neither 'float' nor 'int8'")
         if bundle.tokenizer_file is None:
             raise ValueError("the model directory holds no tokenizer.model; put the model's own there")
         self.bundle, self.tokenizer = bundle, Tokenizer(bundle.tokenizer_file)
         ways = rules.batch_ways(mesh)
-        self.slots = -(-slots // ways) * ways
+        each = ways * num_beams
+        self.slots = -(-slots // each) * each
         capacity = min(capacity, bundle.config.text.max_positions)
         self._stop_ids = self._find_stop_ids()
-        self._preparer = Preparer(bundle, self.tokenizer, capacity, max_beams=1)
+        self._preparer = Preparer(bundle, self.tokenizer, capacity, num_beams)
         self._device = Device(
             bundle,
             mesh,
             jnp.dtype(dtype),
-            slots=self.slots,
+            weights=weights,
+            kv=kv,
+            memory_limit=memory_limit,
+            groups=self.slots // num_beams,
+            num_beams=num_beams,
             capacity=-(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE,
-            rows=-(-min(prefill_rows, slots) // ways) * ways,
+            rows=-(-min(prefill_rows, self.slots // num_beams) // ways) * ways,
             steps=steps,
             vocab=self.tokenizer.vocab_size,
             stop_ids=self._stop_ids,
         )
-        self.stats = Stats(self.slots)
+        self.memory = self._device.memory
+        self.stats = Stats(self._device.groups)
         self._busy = False
 
     def complete(self, requests: Iterable[Request]) -> Iterator[Result]:
@@ -124,14 +144,49 @@ class Engine:
                 yield text[len(shown) :]
                 shown = text
 
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
+        """The probabilities of given answers: the choices of a question share one prefilled prompt.
+
+        Args:
+          requests: any number, pulled a few batches ahead of what is returned.
+
+        Results come as they are done. A request that can't be scored gives one that says why.
+
+        Raises:
+          RuntimeError: if the engine is in the midst of another call.
+        """
+        with self._queue(requests) as queue:
+            running: deque[tuple[list[Prepared[ScoreRequest]], jax.Array]] = deque()
+            while not queue.empty or running:
+                for refused in queue.pull():
+                    yield ScoreResult(refused.request.key, (), (), refused.error)
+                batch = queue.take(self._device.rows)
+                if batch:
+                    running.append((batch, self._device.score(batch)))
+                elif not running:
+                    queue.wait()
+                if running and (not batch or len(running) > 1):
+                    yield from self._read_scores(*running.popleft())
+
+    def _read_scores(self, batch: list[Prepared[ScoreRequest]], scores: jax.Array) -> Iterator[ScoreResult]:
+        for prepared, row in zip(batch, np.asarray(scores), strict=False):
+            lengths = tuple(map(len, prepared.choices))
+            yield ScoreResult(prepared.request.key, tuple(row[: len(lengths)].tolist()), lengths, "")
+
     def _run(self, requests: Iterable[Request]) -> Iterator[Answer | Result]:
         """Yields answers whenever they have grown, and results of requests that can't have one."""
+        with self._queue(requests) as queue:
+            yield from _Run(self, queue).answers()
+
+    @contextlib.contextmanager
+    def _queue(self, requests: Iterable[AnyRequest]) -> Iterator[Queue[AnyRequest]]:
+        """The engine is one call's alone."""
         if self._busy:
             raise RuntimeError("the engine is in the midst of another call; finish or close that first")
         self._busy = True
         queue = Queue(requests, self._preparer, ahead=3 * self._device.rows)
         try:
-            yield from _Run(self, queue).answers()
+            yield queue
         finally:
             queue.close()
             self._busy = False
@@ -152,12 +207,12 @@ class _Steps:
 
 
 class _Run:
-    """One call of the engine: which slot has which answer, and what waits."""
+    """One call of the engine: which group of slots has which answer, and what waits."""
 
     def __init__(self, engine: Engine, queue: Queue[Request]):
         self._engine, self._device, self._stats = engine, engine._device, engine.stats
         self._queue = queue
-        self._owners: list[Answer | None] = [None] * engine.slots
+        self._owners: list[Answer | None] = [None] * self._device.groups
         self._waiting: deque[tuple[Prefix, dict[int, Answer]]] = deque()
         self._running: deque[_Steps] = deque()
 
@@ -181,14 +236,14 @@ class _Run:
     def _admit(self) -> None:
         """Gives free slots to prompts that wait, and prefills more of them if none does."""
         while True:
-            free = deque(slot for slot, owner in enumerate(self._owners) if owner is None)
+            free = deque(group for group, owner in enumerate(self._owners) if owner is None)
             while free and self._waiting:
                 prefix, rows = self._waiting[0]
-                slots = [self._engine.slots] * self._device.rows
+                groups = [self._device.groups] * self._device.rows
                 for row in list(rows)[: len(free)]:
-                    slots[row] = free.popleft()
-                    self._owners[slots[row]] = rows.pop(row)
-                self._device.insert(prefix, slots)
+                    groups[row] = free.popleft()
+                    self._owners[groups[row]] = rows.pop(row)
+                self._device.insert(prefix, groups)
                 if not rows:
                     self._waiting.popleft()
             batch = self._queue.take(self._device.rows) if free else []
@@ -205,17 +260,24 @@ class _Run:
         with self._stats.timed("wait_seconds"):
             tokens, log_probabilities = np.asarray(steps.tokens), np.asarray(steps.log_probabilities)
         with self._stats.timed("host_seconds"):
+            # A group's answer is in its first slot.
+            width = self._engine.slots // self._device.groups
+            tokens, log_probabilities = tokens[:, ::width], log_probabilities[:, ::width]
             grown = []
             used = tokens != NOTHING
             self._stats.steps += int(used.any(1).sum())
-            for slot, answer in enumerate(steps.owners):
-                # A stop string may have ended it since; the device doesn't know of those.
+            for group, answer in enumerate(steps.owners):
+                # It may have ended in the steps before these.
                 if answer is None or answer.completion is not None:
                     continue
-                count = int(used[:, slot].sum())
-                answer.take(tokens[:count, slot].tolist(), log_probabilities[:count, slot].tolist())
+                count = int(used[:, group].sum())
+                new = tokens[:count, group].tolist()
                 self._stats.tokens += count
+                if new and new[-1] == FOUND:
+                    answer.take_beam(*self._device.best_beam(group))
+                elif not new or new[-1] != SEARCHING:
+                    answer.take(new, log_probabilities[:count, group].tolist())
                 grown.append(answer)
                 if answer.completion is not None:
-                    self._owners[slot] = None
+                    self._owners[group] = None
         yield from grown

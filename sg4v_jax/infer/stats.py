@@ -11,7 +11,7 @@ class Stats:
     """Counts and times, added up over all calls.
 
     Attributes:
-      slots: the engine's slots.
+      groups: the engine's slots, or groups of them in beam search.
       requests: requests that were given a slot.
       tokens: tokens of answers.
       steps: decoding steps.
@@ -20,7 +20,7 @@ class Stats:
       wait_seconds: waiting for the device.
     """
 
-    slots: int
+    groups: int
     requests: int = 0
     tokens: int = 0
     steps: int = 0
@@ -31,7 +31,7 @@ class Stats:
     @property
     def occupancy(self) -> float:
         """Share of the slots' steps that gave a token of an answer."""
-        return self.tokens / max(self.steps * self.slots, 1)
+        return self.tokens / max(self.steps * self.groups, 1)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Attention of one new position per slot to the slot's cache: generation.
+"""Attention of new positions to a cache: of one per slot, generation; of several answers, scoring.
 
 The cache of all layers is passed whole, with the number of the layer: cutting a layer out would copy it
 for a kernel, and copying costs as much as reading. The new position is not in the cache yet; all layers'
@@ -92,3 +92,35 @@ def blockwise(query, key, value, cached_key, cached_value, layer, lengths, scale
         carry = jax.lax.fori_loop(0, -(-lengths.max() // block), visit, carry)
     _, total, acc = carry
     return (acc / total).reshape(query.shape).astype(query.dtype)
+
+
+def branch_attention(
+    query: Float[Array, "batch branches length heads head_dim"],
+    key: Float[Array, "batch branches length kv_heads head_dim"],
+    value: Float[Array, "batch branches length kv_heads head_dim"],
+    prefix_key: Float[Array, "batch prefix kv_heads head_dim"],
+    prefix_value: Float[Array, "batch prefix kv_heads head_dim"],
+    lengths: Int[Array, " batch"],
+) -> Float[Array, "batch branches length heads head_dim"]:
+    """Causal attention of several continuations of each row's prefix, which don't see each other.
+
+    Args:
+      query, key, value: the continuations.
+      prefix_key, prefix_value: what comes before all of a row's continuations.
+      lengths: how many leading positions of a prefix are valid.
+    """
+    length, heads, head_dim = query.shape[2:]
+    kv_heads = key.shape[3]
+    query = query.reshape(*query.shape[:3], kv_heads, heads // kv_heads, head_dim)
+    scores = [
+        jnp.einsum("bcqkgd,btkd->bckgqt", query, prefix_key, preferred_element_type=jnp.float32),
+        jnp.einsum("bcqkgd,bcskd->bckgqs", query, key, preferred_element_type=jnp.float32),
+    ]
+    in_prefix = jnp.arange(prefix_key.shape[1]) < lengths[:, None]
+    seen = [in_prefix[:, None, None, None, None], jnp.tril(jnp.ones((length, length), bool))]
+    joined = jnp.concatenate([jnp.where(m, s, -jnp.inf) for m, s in zip(seen, scores, strict=True)], axis=-1)
+    weights = jax.nn.softmax(joined * head_dim**-0.5, axis=-1).astype(value.dtype)
+    before, own = weights[..., :-length], weights[..., -length:]
+    attended = jnp.einsum("bckgqt,btkd->bcqkgd", before, prefix_value)
+    attended += jnp.einsum("bckgqs,bcskd->bcqkgd", own, value)
+    return attended.reshape(*attended.shape[:3], heads, head_dim)

@@ -74,6 +74,11 @@ class KVCache:
         write = lambda old, new: old.at[:, slots, :count].set(new.astype(old.dtype), mode="drop")  # noqa: E731
         return self._written(write, key, value, self.lengths.at[slots].set(lengths, mode="drop"))
 
+    def take(self, slots: Int[Array, " batch"]) -> "KVCache":
+        """A cache whose slots are copies of `slots`. Needs room for a second cache."""
+        cut = lambda leaf: jnp.take(leaf, slots, axis=leaf.ndim > 1)  # noqa: E731
+        return jax.tree.map(cut, self)
+
     def _written(self, write, key, value, lengths):  # type: ignore[no-untyped-def]
         if self.key_scale is None:
             return KVCache(write(self.key, key), write(self.value, value), None, None, lengths)

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sg4v_jax.kernels.attention import attention
-from sg4v_jax.kernels.decoding import decode_attention
+from sg4v_jax.kernels.decoding import branch_attention, decode_attention
 from sg4v_jax.models.cache import KVCache
 from sg4v_jax.models.config import TextConfig
 from sg4v_jax.models.layers import Linear, RMSNorm, run_stack, stack
@@ -172,6 +172,34 @@ class Llama(nnx.Module):
         layers = jnp.arange(self.config.num_layers)
         x, (keys, values) = jax.lax.scan(step, x, (layers, self.blocks))
         return self.norm(x), cache.append(keys, values, active)
+
+    def branch(
+        self,
+        x: Float[Array, "batch branches length d"],
+        keys: Float[Array, "layers batch prefix kv_heads head_dim"],
+        values: Float[Array, "layers batch prefix kv_heads head_dim"],
+        lengths: Int[Array, " batch"],
+    ) -> Float[Array, "batch branches length d"]:
+        """Runs several continuations of each prefilled prompt, which don't see each other.
+
+        Args:
+          x: embeddings of the continuations.
+          keys, values: what `prefill` returned.
+          lengths: of the prompts.
+        """
+        batch, branches, length, width = x.shape
+        rows = batch * branches
+        positions = jnp.repeat(lengths, branches)[:, None] + jnp.arange(length)
+        angles = rotary_angles(positions, self.config)
+
+        def step(x: Array, inputs: tuple[Block, Array, Array]) -> tuple[Array, None]:
+            block, prefix_key, prefix_value = inputs
+            query, key, value = (y.reshape(batch, branches, *y.shape[1:]) for y in block.project(x, angles))
+            attended = branch_attention(query, key, value, prefix_key, prefix_value, lengths)
+            return block.finish(x, attended.reshape(rows, *attended.shape[2:])), None
+
+        x, _ = jax.lax.scan(step, x.reshape(rows, length, width), (self.blocks, keys, values))
+        return self.norm(x).reshape(batch, branches, length, width)
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Scores over the vocabulary, in float32."""

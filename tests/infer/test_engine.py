@@ -2,7 +2,8 @@
 
 import dataclasses
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from sg4v_jax.data.records import Turn
 from sg4v_jax.data.sample import expand_images
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.infer.engine import Engine
-from sg4v_jax.infer.request import Completion, Prompt, Request
+from sg4v_jax.infer.request import Completion, Prompt, Request, ScoreRequest
 from sg4v_jax.infer.sampling import SamplingOptions
 from sg4v_jax.parallel.mesh import make_mesh
 from tests.conftest import TinyWorld
@@ -56,6 +57,11 @@ def pair(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pai
     }
     config = llava_config(text=text, image_token_index=vocab, pad_token_id=vocab + 1)
     theirs = llava_model(config)
+    # What neither the tokenizer nor our model has: no probability goes there.
+    known = Tokenizer(tiny_world.tokenizer).vocab_size
+    theirs.lm_head.register_forward_hook(
+        lambda _, __, logits: torch.cat([logits[..., :known], torch.full_like(logits[..., known:], -1e9)], -1)
+    )
     # Threads that wait for each other cost more than such a small model.
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("llava")
@@ -106,8 +112,8 @@ PROMPTS = {
 }
 
 
-def their_tokens(pair: Pair, prompt: Prompt, **options: Any) -> list[int]:
-    """What `generate` of transformers gives for the same ids and pixels."""
+def their_inputs(pair: Pair, prompt: Prompt) -> dict[str, Any]:
+    """The same ids and pixels for transformers."""
     config, tokenizer = pair.bundle.config, pair.engine.tokenizer
     template, has_images = get_template(pair.bundle.template), bool(prompt.images)
     turns = place_images(prompt.turns) if has_images else prompt.turns
@@ -121,50 +127,159 @@ def their_tokens(pair: Pair, prompt: Prompt, **options: Any) -> list[int]:
             for data in prompt.images
         ]
         inputs["pixel_values"] = normalize_reference(np.stack(pixels)).transpose(0, 3, 1, 2).copy()
-    rows = pair.theirs.config.text_config.vocab_size
-    output = pair.theirs.generate(
-        **{name: torch.from_numpy(array) for name, array in inputs.items()},
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def their_generate(pair: Pair, prompt: Prompt, **options: Any) -> Any:
+    """What `generate` of transformers gives."""
+    inputs = their_inputs(pair, prompt)
+    return pair.theirs.generate(
+        **inputs,
         attention_mask=torch.ones(inputs["input_ids"].shape, dtype=torch.long),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
-        eos_token_id=tokenizer.eos_id,
-        # What neither the tokenizer nor our model has.
-        suppress_tokens=list(range(tokenizer.vocab_size, rows)),
+        eos_token_id=pair.engine.tokenizer.eos_id,
+        return_dict_in_generate=True,
+        output_scores=True,
         **options,
     )
-    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def their_tokens(pair: Pair, prompt: Prompt, **options: Any) -> list[int]:
+    output = their_generate(pair, prompt, **options)
+    return output.sequences[0, their_inputs(pair, prompt)["input_ids"].shape[1] :].tolist()
+
+
+GREEDY = (
+    ({}, {}),
+    ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+    ({"no_repeat_ngram": 2, "min_new_tokens": 9}, {"no_repeat_ngram_size": 2, "min_new_tokens": 9}),
+    ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_tokens_are_those_of_transformers(pair: Pair, penalty: float) -> None:
-    """For every prompt by itself there, and all in one batch here."""
-    options = SamplingOptions(max_new_tokens=NEW_TOKENS, repetition_penalty=penalty)
+@pytest.mark.parametrize(("ours", "others"), GREEDY, ids=str)
+def test_greedy_tokens_are_those_of_transformers(
+    pair: Pair, ours: dict[str, Any], others: dict[str, Any]
+) -> None:
+    """For every prompt by itself there, and all together here."""
+    options = SamplingOptions(max_new_tokens=NEW_TOKENS, **ours)
     completions = answers(pair.engine, list(PROMPTS.values()), options)
     lengths = []
     for (name, prompt), completion in zip(PROMPTS.items(), completions, strict=True):
-        expected = their_tokens(pair, prompt, repetition_penalty=penalty)
+        expected = their_tokens(pair, prompt, **others)
         assert list(completion.tokens) == expected, name
         lengths.append(len(expected))
     assert max(lengths) == NEW_TOKENS and sum(lengths) > 2 * NEW_TOKENS, "too short to show an error"
     assert len({completion.tokens for completion in completions}) == len(PROMPTS)
 
 
+BEAMS = (
+    {"num_beams": 3},
+    {"num_beams": 2, "length_penalty": 0.0, "min_new_tokens": 4},
+    {"num_beams": 3, "length_penalty": 2.0, "repetition_penalty": 1.3},
+    {"num_beams": 2, "length_penalty": -1.0, "no_repeat_ngram": 2},
+    {},
+)
+
+
 @pytest.mark.slow
-def test_a_batch_gives_each_row_what_it_gets_alone(pair: Pair) -> None:
-    """Greedy and sampled, whatever the other rows are and however long."""
-    greedy = SamplingOptions(max_new_tokens=20)
-    sampled = SamplingOptions(max_new_tokens=20, temperature=0.8, top_p=0.9, top_k=50)
-    rows = [greedy, dataclasses.replace(sampled, seed=1), dataclasses.replace(sampled, seed=2), greedy]
+def test_beams_are_those_of_transformers(pair: Pair) -> None:
+    """Tokens and scores, in searches that end early and late, beside requests without a search."""
     prompts = list(PROMPTS.values())
-    together = answers(pair.engine, prompts, rows)
-    for prompt, row, completion in zip(prompts, rows, together, strict=True):
-        assert answers(pair.engine, [prompt], row)[0] == completion
-    # The seed decides, not the place in the batch.
-    backwards = answers(pair.engine, prompts[::-1], rows[::-1])
-    assert backwards[::-1] == together
-    other = answers(pair.engine, [prompts[1]], dataclasses.replace(sampled, seed=3))
-    assert other[0].tokens != together[1].tokens
+    requests, searches = [], engine(pair.bundle, num_beams=3, slots=6)
+    for number, fields in enumerate(BEAMS):
+        options = SamplingOptions(max_new_tokens=NEW_TOKENS, **fields)
+        requests += [Request((i, number), prompt, options) for i, prompt in enumerate(prompts)]
+    results = {result.key: result for result in searches.complete(requests)}
+    ended = 0
+    for (i, number), result in results.items():
+        names = {"no_repeat_ngram": "no_repeat_ngram_size"}
+        fields = {names.get(name, name): value for name, value in BEAMS[number].items()}
+        theirs = their_generate(pair, prompts[i], **fields)
+        start = their_inputs(pair, prompts[i])["input_ids"].shape[1]
+        assert list(result.completion.tokens) == theirs.sequences[0, start:].tolist(), (i, BEAMS[number])
+        if fields:
+            score = float(theirs.sequences_scores[0])
+            assert result.completion.log_probability == pytest.approx(score, abs=1e-4, rel=1e-6)
+        ended += result.completion.finished
+    assert 0 < ended < len(results)
+    wide = Request(0, prompts[0], SamplingOptions(num_beams=4))
+    assert "started with: 3" in next(searches.complete([wide])).error
+
+
+def test_an_answer_depends_on_nothing_but_its_request(pair: Pair) -> None:
+    """To the bit, in any order and company: other slots, other rows of prefilling, other waits."""
+    drawn = SamplingOptions(temperature=0.9, top_p=0.95, top_k=80)
+    prompts = list(PROMPTS.values())
+    requests = [
+        Request(
+            i,
+            prompts[i % len(prompts)],
+            dataclasses.replace(
+                drawn if i % 3 else SamplingOptions(), seed=i, max_new_tokens=2 + 5 * (i % 4)
+            ),
+        )
+        for i in range(12)
+    ]
+    alone = {r.key: r for request in requests for r in pair.engine.complete([request])}
+    assert len({result.completion.log_probability for result in alone.values()}) == len(requests)
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(len(requests))
+        found = list(pair.engine.complete(requests[i] for i in order))
+        assert {result.key: result for result in found} == alone, "log-probabilities are equal to the bit"
+    # The seed decides.
+    again = dataclasses.replace(requests[4], options=dataclasses.replace(requests[4].options, seed=99))
+    assert next(pair.engine.complete([again])).completion != alone[4].completion
+
+
+def test_requests_are_pulled_as_they_are_needed(pair: Pair) -> None:
+    """No more than the slots and three batches of prefilling ahead, and results come meanwhile."""
+    pulled = 0
+
+    def endless() -> Iterator[Request]:
+        nonlocal pulled
+        while True:
+            yield Request(pulled, PROMPTS["no image"], SamplingOptions(max_new_tokens=1 + pulled % 5))
+            pulled += 1
+
+    running = pair.engine.complete(endless())
+    for count, _ in enumerate(itertools.islice(running, 30), start=1):
+        assert pulled - count <= 3 + 2 + 3 * 2
+    with pytest.raises(RuntimeError, match="in the midst of another call"):
+        next(pair.engine.complete([]))
+    running.close()
+    assert list(pair.engine.complete([])) == []
+
+
+def test_log_probabilities_are_those_of_torch(pair: Pair) -> None:
+    """Of generated answers, drawn and penalised or not, and of given ones."""
+    options = SamplingOptions(max_new_tokens=8, temperature=1.0, repetition_penalty=1.2)
+    prompts = list(PROMPTS.values())
+    for prompt, completion in zip(prompts, answers(pair.engine, prompts, options), strict=True):
+        expected = their_log_probability(pair, prompt, list(completion.tokens))
+        assert completion.log_probability == pytest.approx(expected, abs=1e-4)
+
+    choices = ("Yes.", "No, it is a red square on a table.", "A")
+    requests = [ScoreRequest(i, prompt, choices[: 1 + i % 3]) for i, prompt in enumerate(prompts)]
+    bad = ScoreRequest("bad", prompts[0], ("Yes.", ""))
+    results = {result.key: result for result in pair.engine.score([*requests, bad])}
+    assert "none that is empty" in results.pop("bad").error
+    for i, request in enumerate(requests):
+        tokens = [pair.engine.tokenizer.encode(choice) for choice in request.choices]
+        assert results[i].num_tokens == tuple(map(len, tokens)) and not results[i].error
+        expected = [their_log_probability(pair, request.prompt, ids) for ids in tokens]
+        np.testing.assert_allclose(results[i].log_probabilities, expected, atol=1e-4)
+        assert next(pair.engine.score([request])) == results[i], "to the bit, in other company"
+
+
+def their_log_probability(pair: Pair, prompt: Prompt, tokens: list[int]) -> float:
+    inputs = their_inputs(pair, prompt)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens])], 1)
+    with torch.no_grad():
+        scores = pair.theirs(**inputs).logits[0, -len(tokens) - 1 : -1].log_softmax(-1)
+    return float(scores[range(len(tokens)), tokens].sum())
 
 
 def test_stream_adds_up_to_the_answer(pair: Pair) -> None:
@@ -274,3 +389,31 @@ def test_nothing_to_do(pair: Pair) -> None:
 def test_a_model_needs_its_tokenizer(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"holds no tokenizer\.model"):
         engine(dataclasses.replace(pair.bundle, tokenizer_file=None))
+
+
+def test_int8_halves_the_memory_and_keeps_the_probabilities(pair: Pair) -> None:
+    """Of weights and of the cache; what it costs in accuracy is in docs/inference.md."""
+    prompts = [PROMPTS["one image"], PROMPTS["three turns"]]
+    options = SamplingOptions(max_new_tokens=6)
+    exact = answers(pair.engine, prompts, options)
+    for fields in ({"weights": "int8"}, {"kv": "int8"}):
+        small = engine(pair.bundle, **fields)
+        for prompt, found, expected in zip(prompts, answers(small, prompts, options), exact, strict=True):
+            theirs = their_log_probability(pair, prompt, list(found.tokens))
+            assert found.log_probability == pytest.approx(theirs, abs=0.2), fields
+            # Not the same numbers: it was quantized.
+            assert found.log_probability != expected.log_probability
+        part = "parameters" if "weights" in fields else "slots"
+        assert getattr(small.memory, part) < 0.7 * getattr(pair.engine.memory, part)
+
+
+def test_slots_that_do_not_fit_are_refused(pair: Pair) -> None:
+    memory = pair.engine.memory
+    needed = memory.parameters + memory.slots + memory.prefill
+    engine(pair.bundle, memory_limit=int(needed / 0.9) + 2)
+    with pytest.raises(ValueError, match=r"slots=3 of capacity=256 don't fit.*at most slots=2 fit"):
+        engine(pair.bundle, memory_limit=int(needed / 0.9) - 100)
+    with pytest.raises(ValueError, match="not one slot fits"):
+        engine(pair.bundle, memory_limit=1000)
+    with pytest.raises(ValueError, match="kv='fp8' is neither"):
+        engine(pair.bundle, kv="fp8")
