@@ -89,7 +89,7 @@ def test_llava_bench(tmp_path: pathlib.Path) -> None:
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0.2, 1024)
         assert body["messages"][1]["content"].startswith(
             "[Context]\nA dog by a lake.\n\n[Question]\nDescribe it.\n\n[Assistant 1]\nA brown dog.\n\n"
-            "[End of Assistant 1]\n\n[Assistant 2]\nanswer 0\n\n[End of Assistant 2]\n\n[System]\nWe would like"
+            "[End of Assistant 1]\n\n[Assistant 2]\nanswer 0\n\n[End of Assistant 2]\n\n[System]\nWe would"
         )
         count = len(asked)
         assert run("llava-bench", tmp_path, url).scores == report.scores
