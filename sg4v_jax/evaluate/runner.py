@@ -124,6 +124,7 @@ def score(
         "metrics": {m.name: {**dataclasses.asdict(estimate(m)), "maximum": m.maximum} for m in metrics},
         "not_scored": "" if metrics else _not_scored(benchmark, judge),
         "without_answer": len(failed),
+        "unreadable": sum(not m.parsed and m.score == 0 and m.id not in failed for m in marked),
         "cut_off": sum(entries[sample.id].get("stop") == "length" for sample in samples),
         "unusable_records": len(loaded.problems),
         "problems": [*(f"{id_}: {error}" for id_, error in failed.items()), *loaded.problems, *problems],
@@ -172,6 +173,10 @@ def summary(scores: Mapping[str, Mapping[str, Any]]) -> str:
         else:
             lines.append(f"{found['title']:<26}{'not scored':<24}{'':>9}  {'':<19}{counts}")
             notes.append(f"{name}: {found['not_scored']}")
+        if found["unreadable"]:
+            notes.append(
+                f"{name}: {found['unreadable']} answers that no rule could read; they count as wrong"
+            )
         if found["problems"]:
             notes.append(f"{name}: {len(found['problems'])} problems, the first: {found['problems'][0]}")
         notes += [f"{name}: submit {file}" for file in found["submission"] if found["server"]]
