@@ -107,6 +107,11 @@ class Metric:
     maximum: float = 100.0
     combine: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is any unit."""
+        return any(term.denominator for term in self.terms)
+
     def combined(self, ratios: Sequence[np.ndarray]) -> np.ndarray:
         """The metric's values, given those of its terms' ratios."""
         if self.combine:

@@ -166,7 +166,7 @@ def _labels(folders: Sequence[pathlib.Path]) -> tuple[str, ...]:
 
 def _rows(name: str, marked: Sequence[list[Marked] | None], published: Sequence[str]) -> list[Row]:
     benchmark = BENCHMARKS[name]
-    metrics = [{m.name: m for m in benchmark.metrics(found)} if found else {} for found in marked]
+    metrics = [{m.name: m for m in benchmark.metrics(x) if m.measured} if x else {} for x in marked]
     known = [PUBLISHED[model] for model in published]
     order = dict.fromkeys(metric for found in metrics for metric in found)
     order |= dict.fromkeys(metric for row in known for other, metric in row if other == name)

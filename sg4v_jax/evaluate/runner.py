@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from sg4v_jax.evaluate.answering import (
     prompt_of,
     read_answers,
 )
-from sg4v_jax.evaluate.benchmark import Benchmark, Loaded, Mark, Marked, Sample
+from sg4v_jax.evaluate.benchmark import Benchmark, Loaded, Mark, Marked, Metric, Sample
 from sg4v_jax.evaluate.files import read_json, write_json, write_lines
 from sg4v_jax.evaluate.judge import Judge
 from sg4v_jax.evaluate.judged import JudgedBenchmark
@@ -116,12 +117,12 @@ def score(
         ),
     )
     files, problems = _submit(benchmark, marked, folder, loaded)
-    metrics = benchmark.metrics(marked)
+    metrics = [metric for metric in benchmark.metrics(marked) if metric.measured]
     result = {
         "title": benchmark.title,
         **dataclasses.asdict(settings),
         "headline": (benchmark.headline or metrics[0].name) if metrics else "",
-        "metrics": {m.name: {**dataclasses.asdict(estimate(m)), "maximum": m.maximum} for m in metrics},
+        "metrics": {metric.name: _numbers(metric) for metric in metrics},
         "not_scored": "" if metrics else _not_scored(benchmark, judge),
         "without_answer": len(failed),
         "unreadable": sum(not m.parsed and m.score == 0 and m.id not in failed for m in marked),
@@ -164,15 +165,15 @@ def summary(scores: Mapping[str, Mapping[str, Any]]) -> str:
     for name, found in scores.items():
         headline = found["headline"]
         counts = f"{found['samples']:>8}{found['without_answer']:>11}"
-        if headline in found["metrics"]:
-            metric = found["metrics"][headline]
+        metric = found["metrics"].get(headline, {})
+        if metric.get("value") is not None:
             interval = f"{metric['low']:.2f} to {metric['high']:.2f}"
             lines.append(
                 f"{found['title']:<26}{headline[:22]:<24}{metric['value']:>9.2f}  {interval:<19}{counts}"
             )
         else:
             lines.append(f"{found['title']:<26}{'not scored':<24}{'':>9}  {'':<19}{counts}")
-            notes.append(f"{name}: {found['not_scored']}")
+            notes.append(f"{name}: {found['not_scored'] or 'nothing to divide by'}")
         if found["unreadable"]:
             notes.append(
                 f"{name}: {found['unreadable']} answers that no rule could read; they count as wrong"
@@ -226,6 +227,12 @@ def _not_scored(benchmark: Benchmark, judge: Judge | None) -> str:
         if benchmark.server
         else "no truth given"
     )
+
+
+def _numbers(metric: Metric) -> dict[str, float | None]:
+    """Value and interval; None for what is no number (a ratio of nothing), as JSON has none for it."""
+    numbers = {**dataclasses.asdict(estimate(metric)), "maximum": metric.maximum}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
 def _submit(

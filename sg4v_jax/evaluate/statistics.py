@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,14 +24,13 @@ class Estimate:
 
 def estimate(metric: Metric, *, seed: int = 0) -> Estimate:
     """A metric with its interval; the same input gives the same numbers."""
-    units = _units([metric])
-    draws = np.concatenate(list(_draws([metric], units, seed)), axis=-1)[0]
-    return Estimate(value(metric), *_interval(draws))
+    table = _Table([metric])
+    return Estimate(float(table.once()[0]), *_interval(table.draws(seed)[0]))
 
 
 def value(metric: Metric) -> float:
     """A metric's value."""
-    return float(next(_values([metric], _units([metric]), np.ones((1, 1))))[0, 0])
+    return float(_Table([metric]).once()[0])
 
 
 def difference(first: Metric, second: Metric, *, seed: int = 0) -> Estimate:
@@ -40,12 +39,11 @@ def difference(first: Metric, second: Metric, *, seed: int = 0) -> Estimate:
     Raises:
       ValueError: they have no unit in common.
     """
-    units = _units([first, second])
-    if not units:
+    table = _Table([first, second])
+    if not table.size:
         raise ValueError(f"{first.name}: the two runs have no sample in common")
-    draws = np.concatenate(list(_draws([first, second], units, seed)), axis=-1)
-    once = next(_values([first, second], units, np.ones((1, len(units)))))
-    return Estimate(float(once[1, 0] - once[0, 0]), *_interval(draws[1] - draws[0]))
+    once, draws = table.once(), table.draws(seed)
+    return Estimate(float(once[1] - once[0]), *_interval(draws[1] - draws[0]))
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -60,10 +58,47 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
-def _units(metrics: Sequence[Metric]) -> list[str]:
-    """Units that all metrics have, in the first one's order."""
-    names = [{unit: None for term in metric.terms for unit in term.denominator} for metric in metrics]
-    return [unit for unit in names[0] if all(unit in other for other in names[1:])]
+class _Table:
+    """Numerators and denominators of all terms, a row for each unit that all metrics have."""
+
+    def __init__(self, metrics: Sequence[Metric]):
+        names = [{unit: None for term in metric.terms for unit in term.denominator} for metric in metrics]
+        units = [unit for unit in names[0] if all(unit in other for other in names[1:])]
+        self._metrics, self.size = metrics, len(units)
+        columns = [
+            [column.get(unit, 0.0) for unit in units]
+            for metric in metrics
+            for term in metric.terms
+            for column in (term.numerator, term.denominator)
+        ]
+        self._columns = np.array(columns, np.float64).reshape(len(columns), self.size).T
+
+    def once(self) -> np.ndarray:
+        """The metrics' values."""
+        return self._values(self._columns.sum(0)[None])[:, 0]
+
+    def draws(self, seed: int) -> np.ndarray:
+        """The metrics' values on resamples of the units, [metric, draw]."""
+        random = np.random.default_rng(seed)
+        rows = max(1, min(RESAMPLES, _CHUNK_ELEMENTS // max(1, self.size)))
+        sums = []
+        for start in range(0, RESAMPLES, rows):
+            count = min(rows, RESAMPLES - start)
+            drawn = random.integers(0, self.size, (count, self.size), dtype=np.int64)
+            drawn += np.arange(count)[:, None] * self.size
+            weights = np.bincount(drawn.ravel(), minlength=count * self.size).reshape(count, self.size)
+            sums.append(weights.astype(np.float64) @ self._columns)
+        return self._values(np.concatenate(sums))
+
+    def _values(self, sums: np.ndarray) -> np.ndarray:
+        """[metric, draw] from the columns' sums, [draw, column]."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratios = list((sums[:, ::2] / sums[:, 1::2]).T)
+        values = []
+        for metric in self._metrics:
+            own, ratios = ratios[: len(metric.terms)], ratios[len(metric.terms) :]
+            values.append(metric.combined(own))
+        return np.stack(values)
 
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:
@@ -73,33 +108,3 @@ def _interval(draws: np.ndarray) -> tuple[float, float]:
     tail = 100 * (1 - _LEVEL) / 2
     low, high = np.percentile(finite, [tail, 100 - tail])
     return float(low), float(high)
-
-
-def _draws(metrics: Sequence[Metric], units: Sequence[str], seed: int) -> Iterator[np.ndarray]:
-    """Values of the metrics, [metric, draw], on resamples of the units, some draws at a time."""
-    random = np.random.default_rng(seed)
-    rows = max(1, min(RESAMPLES, _CHUNK_ELEMENTS // max(1, len(units))))
-    for start in range(0, RESAMPLES, rows):
-        count = min(rows, RESAMPLES - start)
-        drawn = random.integers(0, len(units), (count, len(units)), dtype=np.int32)
-        offsets = np.arange(count, dtype=np.int64)[:, None] * len(units)
-        weights = np.bincount((drawn + offsets).ravel(), minlength=count * len(units))
-        yield from _values(metrics, units, weights.reshape(count, len(units)).astype(np.float64))
-
-
-def _values(metrics: Sequence[Metric], units: Sequence[str], weights: np.ndarray) -> Iterator[np.ndarray]:
-    """[metric, draw] for weights [draw, unit]; units may be weighted all alike by [1, 1]."""
-    rows = []
-    for metric in metrics:
-        ratios = []
-        for term in metric.terms:
-            numerator, denominator = (
-                (weights * np.array([column.get(unit, 0.0) for unit in units])).sum(-1)
-                if weights.shape[-1] == 1
-                else weights @ np.array([column.get(unit, 0.0) for unit in units])
-                for column in (term.numerator, term.denominator)
-            )
-            with np.errstate(invalid="ignore", divide="ignore"):
-                ratios.append(numerator / denominator)
-        rows.append(metric.combined(ratios))
-    yield np.stack(rows)

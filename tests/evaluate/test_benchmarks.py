@@ -123,6 +123,15 @@ def test_a_text_only_question_has_no_image(data: pathlib.Path, tmp_path: pathlib
     assert report.scores["metrics"]["accuracy"]["value"] == pytest.approx(200 / 3)
 
 
+def test_what_nobody_was_asked_has_no_score(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The first question has no image, and nobody says yes."""
+    scores = run("scienceqa", data, tmp_path, limit=1).scores
+    assert "accuracy with image" not in scores["metrics"] and scores["metrics"]["accuracy"]["value"] == 100
+    scores = run("pope", data, tmp_path, lambda request: "no").scores
+    assert scores["metrics"]["precision: random"]["value"] is None
+    assert "NaN" not in (tmp_path / "pope/scores.json").read_text()
+
+
 def test_mmbench_needs_every_rotation(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     report = run("mmbench", data, tmp_path, lambda request: "B" if int(request.key) == 7 else "A")
     metrics = report.scores["metrics"]
