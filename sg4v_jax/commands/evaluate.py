@@ -7,6 +7,10 @@ from typing import Any
 from sg4v_jax.commands.common import add_command, add_sampling, load_engine, progress_bar
 
 _ANSWER_TOKENS = 128
+_GREEDY = {
+    **{"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0, "stop": []},
+    **{"min_new_tokens": 0, "no_repeat_ngram": 0, "num_beams": 1, "length_penalty": 1.0},
+}
 
 
 def add(commands: Any) -> None:
@@ -75,8 +79,7 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
 
     benchmarks = get_benchmarks(arguments.benchmarks)
     _require(arguments, "data", "model", "output")
-    sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0}
-    if changed := [name for name, value in sampling.items() if getattr(arguments, name) != value]:
+    if changed := [name for name, value in _GREEDY.items() if getattr(arguments, name) != value]:
         raise ValueError(f"benchmarks are answered greedily; leave out --{changed[0].replace('_', '-')}")
     choices = Choices(
         mode=arguments.mode,
@@ -84,6 +87,7 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
         aspect=arguments.aspect,
         max_new_tokens=arguments.max_new_tokens or 0,
         limit=arguments.limit,
+        precision=f"{arguments.dtype}, {arguments.weights} weights, {arguments.kv} keys and values",
     )
     shard = _shard(arguments.shard)
     # Before the model is loaded: files may be missing.

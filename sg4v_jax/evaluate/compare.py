@@ -15,7 +15,7 @@ from sg4v_jax.evaluate.statistics import Estimate, difference, estimate, sign_te
 
 # With fewer units a bootstrap's interval is too narrow to conclude anything from.
 _FEWEST_UNITS = 20
-_SETTINGS = ("mode", "template", "aspect", "max_new_tokens", "digest")
+_SETTINGS = ("mode", "template", "aspect", "max_new_tokens", "precision", "digest")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sg4v_jax.kernels.decoding import CACHE_AXES, SCALE_AXES, parts
 from sg4v_jax.models.config import TextConfig
 from sg4v_jax.parallel.rules import constrain
-
-CACHE_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
-SCALE_AXES = ("layers", "batch", "length", "kv_heads")
 
 
 @jax.tree_util.register_dataclass
@@ -24,8 +22,9 @@ class KVCache:
 
     Attributes:
       key, value: [layers, batch, capacity, kv_heads, head_dim], floating or int8.
-      key_scale, value_scale: float32[layers, batch, capacity, kv_heads], what to multiply int8 keys and
-        values by; None for floating ones.
+      key_scale, value_scale: float32[layers, batch, parts, capacity * kv_heads / parts], what to multiply
+        int8 keys and values by, in the order in which a device's heads lie in its memory; None for
+        floating ones.
       lengths: int32[batch], positions in use per slot.
     """
 
@@ -42,7 +41,9 @@ class KVCache:
         shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
         zeros = constrain(jnp.zeros(shape, dtype), CACHE_AXES)
         quantized = jnp.dtype(dtype) == jnp.int8
-        scale = constrain(jnp.zeros(shape[:-1], jnp.float32), SCALE_AXES) if quantized else None
+        count = parts(config.num_kv_heads)
+        flat = (config.num_layers, batch, count, capacity * config.num_kv_heads // count)
+        scale = constrain(jnp.zeros(flat, jnp.float32), SCALE_AXES) if quantized else None
         return cls(zeros, zeros, scale, scale, jnp.zeros(batch, jnp.int32))
 
     @property
@@ -59,8 +60,23 @@ class KVCache:
         rows = jnp.arange(self.lengths.size)
         # An index outside is not written.
         at = jnp.where(active > 0, self.lengths, self.capacity)
-        write = lambda old, new: old.at[:, rows, at].set(new.astype(old.dtype), mode="drop")  # noqa: E731
-        return self._written(write, key, value, self.lengths + active)
+
+        def write(old: Array, new: Array) -> Array:
+            return old.at[:, rows, at].set(new.astype(old.dtype), mode="drop")
+
+        def write_scale(old: Array, new: Array) -> Array:
+            layers, slots, heads = new.shape
+            count, width = old.shape[2], heads // old.shape[2]
+            # Written out, for indexing makes XLA turn the whole array around.
+            numbers = jax.lax.ScatterDimensionNumbers(
+                update_window_dims=(0, 2, 3), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1, 3)
+            )
+            places = jnp.stack([rows, at * width], axis=1)
+            new = new.reshape(layers, slots, count, width)
+            drop = jax.lax.GatherScatterMode.FILL_OR_DROP
+            return jax.lax.scatter(old, places, new, numbers, mode=drop, unique_indices=True)
+
+        return self._written(write, write_scale, key, value, self.lengths + active)
 
     def insert(
         self,
@@ -71,23 +87,33 @@ class KVCache:
     ) -> "KVCache":
         """Gives `slots` whole prompts. A slot number outside the cache drops its row."""
         count = key.shape[2]
-        write = lambda old, new: old.at[:, slots, :count].set(new.astype(old.dtype), mode="drop")  # noqa: E731
-        return self._written(write, key, value, self.lengths.at[slots].set(lengths, mode="drop"))
+
+        def write(old: Array, new: Array) -> Array:
+            return old.at[:, slots, :count].set(new.astype(old.dtype), mode="drop")
+
+        def write_scale(old: Array, new: Array) -> Array:
+            layers, rows, length, heads = new.shape
+            shape = (layers, rows, length, old.shape[2], heads // old.shape[2])
+            new = new.reshape(shape).swapaxes(2, 3).reshape(layers, rows, old.shape[2], -1)
+            return old.at[:, slots, :, : new.shape[3]].set(new, mode="drop")
+
+        lengths = self.lengths.at[slots].set(lengths, mode="drop")
+        return self._written(write, write_scale, key, value, lengths)
 
     def take(self, slots: Int[Array, " batch"]) -> "KVCache":
         """A cache whose slots are copies of `slots`. Needs room for a second cache."""
         cut = lambda leaf: jnp.take(leaf, slots, axis=leaf.ndim > 1)  # noqa: E731
         return jax.tree.map(cut, self)
 
-    def _written(self, write, key, value, lengths):  # type: ignore[no-untyped-def]
+    def _written(self, write, write_scale, key, value, lengths):  # type: ignore[no-untyped-def]
         if self.key_scale is None:
             return KVCache(write(self.key, key), write(self.value, value), None, None, lengths)
         (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
         return KVCache(
             write(self.key, key),
             write(self.value, value),
-            write(self.key_scale, key_scale),
-            write(self.value_scale, value_scale),
+            write_scale(self.key_scale, key_scale),
+            write_scale(self.value_scale, value_scale),
             lengths,
         )
 
