@@ -43,6 +43,8 @@ EXTRAS = {
     # Event files for TensorBoard, without TensorFlow; and runs on wandb.ai.
     "tensorboard": ["tensorboardX>=2.6.5,<3"],
     "wandb": ["wandb>=0.19,<1"],
+    # Writes MMBench's predictions as its server takes them.
+    "eval": ["openpyxl>=3.1,<4"],
     # What the tests compare against; none of it is needed to run the library.
     "test": [
         "pytest>=8",
@@ -53,6 +55,9 @@ EXTRAS = {
         "mistral-common>=1.5",
         "HanTa>=1.2,<2",
         "tensorboardX>=2.6.5,<3",
+        "openpyxl>=3.1,<4",
+        # In any case there with JAX; the statistics are compared with its own.
+        "scipy>=1.11",
         # Compiles for TPUs without one: the kernels of each generation, and their cycles.
         "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
         "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",

@@ -34,9 +34,11 @@ def progress_bar(unit: str) -> Callable[..., Any]:
     return functools.partial(tqdm.tqdm, unit=f" {unit}", disable=not sys.stderr.isatty())
 
 
-def add_sampling(parser: Any, max_new_tokens: int, slots: int = 16) -> None:
+def add_sampling(
+    parser: Any, max_new_tokens: int | None, slots: int = 16, *, needs_model: bool = True
+) -> None:
     """Flags of everything that generates."""
-    parser.add_argument("--model", required=True, help="training run, HF LLaVA or share4v directory")
+    parser.add_argument("--model", required=needs_model, help="training run, HF LLaVA or share4v directory")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)

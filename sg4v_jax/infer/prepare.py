@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from sg4v_jax.convert.bundle import ModelBundle
-from sg4v_jax.data.conversation import IMAGE_TOKEN, encode_prompt, get_template, place_images
+from sg4v_jax.data.conversation import IMAGE_TOKEN, encode_prompt, get_template, place_images, stop_string
 from sg4v_jax.data.image import load_image, preprocess
 from sg4v_jax.data.sample import expand_images
 from sg4v_jax.data.tokenizer import Tokenizer
@@ -111,7 +111,12 @@ class Preparer:
     def _encode(self, prompt: Prompt) -> np.ndarray:
         has_images = bool(prompt.images)
         turns = place_images(prompt.turns) if has_images else prompt.turns
-        ids = encode_prompt(self._template, turns, self._tokenizer, has_images=has_images)
+        template = get_template(prompt.template) if prompt.template else self._template
+        if stop_string(template) != stop_string(self._template):
+            raise ValueError(
+                f"answers under {template.name!r} don't end like those of {self._template.name!r}"
+            )
+        ids = encode_prompt(template, turns, self._tokenizer, has_images=has_images)
         placeholders = int((ids == IMAGE_TOKEN).sum())
         if placeholders != len(prompt.images):
             raise ValueError(f"{len(prompt.images)} images for {placeholders} <image> in the turns")
@@ -129,7 +134,7 @@ class Preparer:
         pixels = np.zeros((len(prompt.images), size, size, 3), np.uint8)
         for i, data in enumerate(prompt.images):
             image = load_image(data, name=f"image {i} of the prompt")
-            pixels[i] = preprocess(image, size=size, aspect=self._bundle.aspect)
+            pixels[i] = preprocess(image, size=size, aspect=prompt.aspect or self._bundle.aspect)
         return pixels
 
 

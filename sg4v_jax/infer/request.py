@@ -17,10 +17,14 @@ class Prompt:
     Attributes:
       turns: the conversation, ending with a human turn; `<image>` marks where images go.
       images: encoded image files, one for each `<image>`.
+      template: how to write the turns; "" is as the model was trained. Both must end answers alike.
+      aspect: how to bring images to a square; "" is as the model was trained.
     """
 
     turns: tuple[Turn, ...]
     images: tuple[bytes, ...] = ()
+    template: str = ""
+    aspect: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
