@@ -1,0 +1,75 @@
+"""What XLA made of a program for one device of several: which arrays it holds, and what it sends where."""
+
+import dataclasses
+import itertools
+import re
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_SHAPE = re.compile(r"\b(?:f32|bf16)\[([\d,]*)\]")
+_CALL = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      shapes: of its float results.
+      groups: the devices, in the mesh's order, that talk to each other.
+    """
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+
+
+def float_shapes(text: str) -> set[tuple[int, ...]]:
+    """All shapes of float arrays in a compiled program."""
+    return {_dims(found) for found in _SHAPE.findall(text)}
+
+
+def collectives(text: str, num_devices: int) -> list[Collective]:
+    """All collective operations of a compiled program (`compiled.as_text()`)."""
+    found = []
+    for line in text.splitlines():
+        if call := _CALL.search(line):
+            shapes = tuple(_dims(shape) for shape in _SHAPE.findall(call[1]))
+            found.append(Collective(call[2], shapes, _groups(line, num_devices)))
+    return found
+
+
+def whole_activations(text: str, rows: int, length: int) -> set[tuple[int, ...]]:
+    """Arrays [..., n, length, ...] of more than this device's `rows`: activations that lie on several.
+
+    `length` must stand for nothing else, and n for a multiple of `rows`.
+    """
+    return {
+        shape
+        for shape in float_shapes(text)
+        for n, next_one in itertools.pairwise(shape[:-1])
+        if next_one == length and n > rows and n % rows == 0
+    }
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(",") if size)
+
+
+def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
+    """`{{0,1},{2,3}}`, or `[2,2]<=[4]` and `[2,2]<=[2,2]T(1,0)`: numbers in order, reshaped and turned."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return _listed(pairs[1])
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        ids = np.arange(num_devices).reshape(_dims(iota[2]))
+        ids = ids.transpose(_dims(iota[3])) if iota[3] else ids
+        return tuple(map(tuple, ids.reshape(_dims(iota[1])).tolist()))
+    if listed := re.search(r"replica_groups=\{(.*?)\}\}", line):
+        return _listed(listed[1])
+    return (tuple(range(num_devices)),)  # No groups: all devices.
+
+
+def _listed(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(_dims(group) for group in re.findall(r"\{([\d,]+)", text))
