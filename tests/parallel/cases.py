@@ -47,6 +47,5 @@ CASES = (
     Case(B, 2, 3, 1, "dots", "token"),
     Case(B, 4, 5, 2, "full", "microbatch"),
     Case(C, 1, 3, 2, "dots", "microbatch"),
-    Case(C, 1, 3, 1, "full", "token"),
     Case(D, 2, 0, 1, "full", "token"),
 )

@@ -41,6 +41,14 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     return found
 
 
+def gathered_activations(text: str, num_devices: int, length: int) -> list[tuple[int, ...]]:
+    """What is gathered or sent around of arrays over `length`, a size that stands for nothing else."""
+    moved = (
+        one for one in collectives(text, num_devices) if one.kind not in ("all-reduce", "reduce-scatter")
+    )
+    return [shape for one in moved for shape in one.shapes if length in shape]
+
+
 def whole_activations(text: str, rows: int, length: int) -> set[tuple[int, ...]]:
     """Arrays [..., n, length, ...] of more than this device's `rows`: activations that lie on several.
 
@@ -59,16 +67,34 @@ def _dims(text: str) -> tuple[int, ...]:
 
 
 def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    """`{{0,1},{2,3}}`, or `[2,2]<=[4]` and `[2,2]<=[2,2]T(1,0)`: numbers in order, reshaped and turned."""
+    """Who talks to whom, in any of the ways that XLA writes it.
+
+    `{{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`: numbers in order, reshaped and turned; `mesh['a'=2,'b'=2] {'b'}`:
+    those along some axes of a mesh, whose devices may be such numbers.
+    """
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return _listed(pairs[1])
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        ids = np.arange(num_devices).reshape(_dims(iota[2]))
-        ids = ids.transpose(_dims(iota[3])) if iota[3] else ids
-        return tuple(map(tuple, ids.reshape(_dims(iota[1])).tolist()))
     if listed := re.search(r"replica_groups=\{(.*?)\}\}", line):
         return _listed(listed[1])
-    return (tuple(range(num_devices)),)  # No groups: all devices.
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[\S+?), ", line):
+        return tuple(map(tuple, _turned(iota[2]).reshape(_dims(iota[1])).tolist()))
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", line)
+    if mesh is None:
+        raise ValueError(f"no groups in {line}")
+    axes = dict(re.findall(r"('\w+')=(\d+)", mesh[1]))
+    ids = _turned(mesh[2] or f"[{num_devices}]").reshape([int(size) for size in axes.values()])
+    along = [list(axes).index(name) for name in mesh[3].split(",")]
+    kept = [i for i in range(len(axes)) if i not in along]
+    members = int(np.prod([ids.shape[i] for i in along]))
+    return tuple(map(tuple, ids.transpose(*kept, *along).reshape(-1, members).tolist()))
+
+
+def _turned(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)` as an array of numbers."""
+    shape, _, order = text.partition("T")
+    dims = _dims(shape.strip("[]"))
+    ids = np.arange(np.prod(dims)).reshape(dims)
+    return ids.transpose(_dims(order.strip("()"))) if order else ids
 
 
 def _listed(text: str) -> tuple[tuple[int, ...], ...]:

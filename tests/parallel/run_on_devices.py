@@ -26,15 +26,13 @@ from sg4v_jax.parallel.rules import constrain, ways  # noqa: E402
 from sg4v_jax.train import groups  # noqa: E402
 from sg4v_jax.train.optimizer import make_optimizer, state_shardings  # noqa: E402
 from sg4v_jax.train.step import make_train_step  # noqa: E402
+from tests import tiny  # noqa: E402
 from tests.parallel import partitioned  # noqa: E402
 from tests.parallel.cases import CASES, Case  # noqa: E402
-from tests.tiny import (  # noqa: E402
-    GROUPS, jit, model_config, packed, random_batch, random_params, random_sample,
-)  # fmt: skip
+from tests.tiny import GROUPS, jit, model_config, packed, random_batch, random_params  # noqa: E402
 
-# No other size of the model is one of these, or a multiple of the rows of a device: a shape tells what
-# an array is. Each device has five rows at a time on every mesh.
-LENGTH, SLOTS, ROWS = 44, 2, 40
+# No other size of the model is one of these: a shape tells what an array is.
+LENGTH, SLOTS, ROWS, VOCAB = 44, 2, 40, 104
 VISION_LAYERS = 6  # Of which five are used.
 NOTHING_TUNED = (("vision/.*", None), (".*", 1.0))
 
@@ -43,15 +41,15 @@ compilations: list[str] = []
 
 def model(case: Case) -> ModelConfig:
     config = model_config(case.tuned_from, case.kv_heads, frozen_layers=VISION_LAYERS)
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=88))
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=VOCAB))
 
 
 @functools.cache
 def batches() -> tuple[Batch, ...]:
     """Packed rows, some of text only; a sample a row, much of it padding; no image at all."""
     config, generator = model(CASES[0]), np.random.default_rng(7)
-    samples = [random_sample(config, generator, row % 2, 6 + row % 30) for row in range(ROWS)]
-    texts = [random_sample(config, generator, 0, 9 + row % 31) for row in range(ROWS)]
+    samples = [tiny.random_sample(config, generator, row % 2, 6 + row % 30) for row in range(ROWS)]
+    texts = [tiny.random_sample(config, generator, 0, 9 + row % 31) for row in range(ROWS)]
     return (
         random_batch(config, ROWS, length=LENGTH, slots=SLOTS, seed=1),
         packed(samples, length=LENGTH, slots=SLOTS, packing=False),
@@ -81,12 +79,12 @@ def run(case: Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         )
         out = (trainable_shardings, opt_shardings, None)
         train_step = jit(step_fn, donate_argnums=(0, 1), out_shardings=out)
-        rows = 5 * ways("batch", mesh) * case.accumulate if mesh.size > 1 else 5 * 4 * case.accumulate
-        inputs = [jax.tree.map(lambda x: x[:rows], batch) for batch in batches()]  # noqa: B023
-        arguments = (trainable, opt_state, frozen, to_devices(inputs[0], mesh))
-        lowered = train_step.lower(*arguments).compile().as_text() if mesh.size > 1 else ""
+        hlo = ""
+        if mesh.size > 1:
+            arguments = (trainable, opt_state, frozen, to_devices(batches()[0], mesh))
+            hlo = train_step.lower(*arguments).compile().as_text()
         losses, gradient, after_first = [], None, len(compilations)
-        for i, batch in enumerate(inputs):
+        for i, batch in enumerate(batches()):
             trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, to_devices(batch, mesh))
             losses.append(float(metrics["loss"]))
             if i == 0:
@@ -101,7 +99,7 @@ def run(case: Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "losses": losses,
         "params": jax.device_get(trainable),
         "gradient": gradient,
-        "hlo": lowered,
+        "hlo": hlo,
         "specs": specs,
         "moments_lie_like_params": specs_of(first) == specs == specs_of(second),
         "split_moments": [path for path, x in moments.items() if x.addressable_shards[0].data.size < x.size],
@@ -141,13 +139,12 @@ def inspect(text: str, case: Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     crossing = [one for one in found if any(len({d // size for d in group}) > 1 for group in one.groups)]
     shapes = partitioned.float_shapes(text)
     frozen, tuned = case.tuned_from, VISION_LAYERS - 1 - case.tuned_from
-    features = (5 * SLOTS, 5, 32)  # Of the images of five rows.
+    rows = ROWS // ways("batch", mesh) // case.accumulate  # Of one device, at a time.
+    features = (rows * SLOTS, 5, 32)
     return {
-        "whole_activations": sorted(partitioned.whole_activations(text, 5, LENGTH)),
-        "whole_tables": [s for s in shapes if 88 in s and 48 in s and mesh.shape["tensor"] > 1],
-        "gathered_activations": [
-            (one.kind, s) for one in found for s in one.shapes if one.kind == "all-gather" and LENGTH in s
-        ],
+        "whole_activations": sorted(partitioned.whole_activations(text, rows, LENGTH)),
+        "whole_tables": [s for s in shapes if VOCAB in s and mesh.shape["tensor"] > 1],
+        "gathered_activations": partitioned.gathered_activations(text, mesh.size, LENGTH),
         "kinds": sorted({one.kind for one in found}),
         "crossing_kinds": sorted({one.kind for one in crossing}),
         "crossing_activations": [s for one in crossing for s in one.shapes if LENGTH in s],
@@ -157,14 +154,15 @@ def inspect(text: str, case: Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def rematerialisation(mesh: jax.sharding.Mesh) -> str:
-    """The program of what XLA can only do badly: an embedding table whose width is split like the batch."""
+    """The program of what XLA can only do by gathering: an embedding table whose width is split like the
+    batch."""
 
     def loss(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.square(constrain(jnp.take(table, tokens, axis=0), ("batch", None, None))).sum()
 
     table = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor", "fsdp"))
     batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("slices", "data", "fsdp")))
-    shapes = jax.ShapeDtypeStruct((88, 48), jnp.float32), jax.ShapeDtypeStruct((20, LENGTH), jnp.int32)
+    shapes = jax.ShapeDtypeStruct((VOCAB, 48), jnp.float32), jax.ShapeDtypeStruct((20, LENGTH), jnp.int32)
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(loss), in_shardings=(table, batch), out_shardings=table)
         return gradient.lower(*shapes).compile().as_text()
@@ -182,10 +180,11 @@ def main() -> None:
     for case in CASES:
         mesh = make_mesh(**case.mesh)
         found = compare(run(case, mesh), reference(case.on_one_device(), one))
-        report[case.name] = {**found, **inspect(found.pop("hlo"), case, mesh)}
+        hlo = found.pop("hlo")
+        report[case.name] = {**found, **inspect(hlo, case, mesh)}
     report["rest"] = dict(make_mesh(data=2, fsdp=-1, tensor=2).shape)
     control = rematerialisation(make_mesh(data=2, fsdp=2, tensor=2))
-    report["control"] = sorted(partitioned.whole_activations(control, 5, LENGTH))
+    report["control"] = partitioned.gathered_activations(control, 8, LENGTH)
     print(json.dumps(report))
 
 
