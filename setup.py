@@ -38,6 +38,8 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
     # To build a dataset on many machines.
     "beam": ["apache-beam>=2.60,<3"],
+    # Writes MMBench's predictions as its server takes them.
+    "eval": ["openpyxl>=3.1,<4"],
     # What the tests compare against; none of it is needed to run the library.
     "test": [
         "pytest>=8",
@@ -46,6 +48,9 @@ EXTRAS = {
         "beartype>=0.19",
         "hypothesis>=6",
         "mistral-common>=1.5",
+        "openpyxl>=3.1,<4",
+        # In any case there with JAX; the statistics are compared with its own.
+        "scipy>=1.11",
         # Compiles for TPUs without one: the kernels of each generation, and their cycles.
         "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
         "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",

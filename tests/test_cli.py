@@ -14,9 +14,10 @@ import pytest
 
 from sg4v_jax.__main__ import main, split_config
 from sg4v_jax.convert.load import load_model
-from sg4v_jax.infer.generate import Generator
+from sg4v_jax.infer.engine import Engine
 from sg4v_jax.train import metrics
 from sg4v_jax.world import load_photos
+from tests.evaluate import official
 
 COMMANDS = [
     ["demo"],
@@ -125,6 +126,12 @@ TRAIN = ["train", "--workdir=w", "--config=configs/captioner.py:tiny"]
         (["chat", "--model", "none", "Why?"], "none"),
         (["chat", "--model", "none", "--temperature=-1", "Why?"], "temperature=-1.0 is out of range"),
         (["eval", "--model=m", "--questions=none.jsonl", "--images=i", "--output=o"], "none.jsonl"),
+        (["eval", "--questions=none.jsonl"], "give --images"),
+        (["eval", "--model=m"], "one of the arguments --benchmarks --compare --questions is required"),
+        (["eval", "--benchmarks=mmee"], "did you mean mme?"),
+        (["eval", "--benchmarks=mme", "--model=m", "--output=o", "--data=."], "no folder MME or mme for mme"),
+        (["eval", "--benchmarks=mme", "--model=m", "--output=o", "--data=.", "--shard=4/4"], "--shard '4/4'"),
+        (["eval", "--compare", "none"], "none: no finished benchmark"),
         (["caption", "--model=m", "--images=none.json", "--output=o"], "none.json"),
         (["convert", "--model=none", "--output=o"], "none is no model"),
         (["data", "build", "--name=x", "--json=none.json", "--images=.", "--output=o"], "none.json"),
@@ -281,7 +288,7 @@ def test_caption_goes_on_where_it_stopped(
 
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(Generator, "generate", lambda *_: pytest.fail("there was nothing left to do"))
+        patch.setattr(Engine, "_run", lambda *_: pytest.fail("there was nothing left to do"))
         run(*argv)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
@@ -304,6 +311,32 @@ def test_eval_scores_against_the_truth(made: Made, run: Callable[..., str], tmp_
     assert all(line["model_id"] == "run" for line in given)
     assert f"{len(asked)} answers" in shown
     assert all(line["category"] in shown for line in asked)
+
+
+@pytest.mark.slow
+def test_eval_of_benchmarks(
+    made: Made, run: Callable[..., str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From official files to scores and a comparison, by generating and by likelihood."""
+    official.qbench(tmp_path)
+    (tmp_path / "world").symlink_to(made.root / "world")
+    argv = ["eval", "--model", made / "run", "--data", str(tmp_path), "--max-new-tokens=3"]
+    both = [*argv, "--benchmarks=world,qbench", "--output", str(tmp_path / "a")]
+    assert "world: 5 answered, 5 left" in run(*both, "--shard=0/2", "--limit=10")
+    shown = run(*both, "--shard=1/2", "--limit=10")
+    assert "embedded world" in shown and "Q-Bench" in shown
+    scores = json.loads((tmp_path / "a/world/scores.json").read_text())
+    assert scores["samples"] == 10 and scores["model"] == "run" and not scores["problems"]
+    lines = [json.loads(line) for line in (tmp_path / "a/qbench/samples.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["0", "1"] and lines[0]["prompt"].endswith("ASSISTANT:")
+
+    run(*argv, "--benchmarks=qbench", "--mode=letters", "--output", str(tmp_path / "b"))
+    line = json.loads((tmp_path / "b/qbench/samples.jsonl").read_text().splitlines()[0])
+    assert line["answer"] in "AB" and len(line["log_probabilities"]) == 2
+    page = tmp_path / "page.html"
+    shown = run("eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(page))
+    assert "qbench: the runs differ in mode (generate, letters)" in shown and page.exists()
+    assert "greedily" in fails(capsys, *both, "--temperature=1")
 
 
 @pytest.mark.slow

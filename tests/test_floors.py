@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sg4v_jax"
 # From the ground up. A file imports from its own floor or below.
 FLOORS = (
     ("__init__", "version", "config"),
-    ("kernels", "parallel"),
+    ("kernels", "parallel", "page"),
     ("models",),
     ("data", "world"),
     ("convert",),

@@ -14,7 +14,8 @@ from typing import Any
 from sg4v_jax.data.folder import find_images
 from sg4v_jax.data.image import ImageError, load_image
 from sg4v_jax.data.records import IMAGE_PLACEHOLDER, RecordError, Turn, resolve_image
-from sg4v_jax.infer.generate import Generator, Prompt
+from sg4v_jax.infer.engine import Engine
+from sg4v_jax.infer.request import Prompt, Request
 from sg4v_jax.infer.sampling import SamplingOptions
 
 RESULTS, ERRORS, RECORDS = "captions.jsonl", "errors.jsonl", "captions.json"
@@ -60,7 +61,7 @@ def list_images(
 
 
 def caption_corpus(
-    generator: Generator,
+    engine: Engine,
     images: Sequence[str],
     image_root: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -73,7 +74,7 @@ def caption_corpus(
     """Captions `images` and writes the results below `output`.
 
     Args:
-      generator: the captioner.
+      engine: the captioner.
       images: paths relative to `image_root`.
       image_root: where they are; paths that leave it are errors.
       output: directory of the results; what is there already is not done again.
@@ -87,7 +88,7 @@ def caption_corpus(
     """
     output = pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    prompt = prompt or generator.bundle.prompt or DEFAULT_PROMPT
+    prompt = prompt or engine.bundle.prompt or DEFAULT_PROMPT
     turns = (Turn("human", f"{IMAGE_PLACEHOLDER}\n{prompt}"),)
     done = _finished(output / RESULTS) | _finished(output / ERRORS)
     todo = [(index, path) for index, path in enumerate(images) if path not in done]
@@ -100,15 +101,18 @@ def caption_corpus(
                     readable.append((index, path, _read(image_root, path)))
                 except (ImageError, RecordError) as error:
                     _append(errors, [{"image": path, "error": str(error)}])
-            # A short last batch would compile anew: fill it up and drop the surplus.
-            filled = (readable * batch_size)[:batch_size] if readable else []
-            prompts = [Prompt(turns, (data,)) for _, _, data in filled]
-            seeds = [dataclasses.replace(options, seed=options.seed + index) for index, _, _ in filled]
-            completions = generator.generate(prompts, seeds)
-            lines = [
-                {"image": path, "caption": completion.text, "finished": completion.finished}
-                for (_, path, _), completion in zip(readable, completions, strict=False)
+            requests = [
+                Request(path, Prompt(turns, (data,)), dataclasses.replace(options, seed=options.seed + index))
+                for index, path, data in readable
             ]
+            answered = {result.key: result for result in engine.complete(requests)}
+            lines = []
+            for _, path, _ in readable:
+                completion = answered[path].completion
+                if completion is None:
+                    _append(errors, [{"image": path, "error": answered[path].error}])
+                else:
+                    lines.append({"image": path, "caption": completion.text, "finished": completion.finished})
             _append(results, lines)
     return _write_records(output, images, prompt)
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from sg4v_jax.commands.common import add_command, add_sampling, load_generator, progress_bar
+from sg4v_jax.commands.common import add_command, add_sampling, load_engine, progress_bar
 
 
 def add(commands: Any) -> None:
@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
 
     images = list_images(arguments.images, arguments.image_root)
     folder = arguments.images if os.path.isdir(arguments.images) else os.path.dirname(arguments.images)
-    generator, options = load_generator(arguments)
+    engine, options = load_engine(arguments)
     report = caption_corpus(
-        generator,
+        engine,
         images,
         arguments.image_root or folder or ".",
         arguments.output,

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from sg4v_jax.commands.common import add_command, add_sampling, load_generator
+from sg4v_jax.commands.common import add_command, add_sampling, load_engine
 
 
 def add(commands: Any) -> None:
@@ -24,5 +24,5 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     """Runs `chat`."""
     from sg4v_jax.infer.chat import chat
 
-    generator, options = load_generator(arguments)
-    chat(generator, arguments.image, arguments.question, options)
+    engine, options = load_engine(arguments)
+    chat(engine, arguments.image, arguments.question, options)

@@ -34,9 +34,9 @@ def progress_bar(unit: str) -> Callable[..., Any]:
     return functools.partial(tqdm.tqdm, unit=f" {unit}", disable=not sys.stderr.isatty())
 
 
-def add_sampling(parser: Any, max_new_tokens: int) -> None:
+def add_sampling(parser: Any, max_new_tokens: int | None, *, needs_model: bool = True) -> None:
     """Flags of everything that generates."""
-    parser.add_argument("--model", required=True, help="training run, HF LLaVA or share4v directory")
+    parser.add_argument("--model", required=needs_model, help="training run, HF LLaVA or share4v directory")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -46,10 +46,10 @@ def add_sampling(parser: Any, max_new_tokens: int) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="what to compute in")
 
 
-def load_generator(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(generator, sampling options) that the flags of `add_sampling` ask for."""
+def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(engine, sampling options) that the flags of `add_sampling` ask for."""
     from sg4v_jax.convert.load import load_model
-    from sg4v_jax.infer.generate import Generator
+    from sg4v_jax.infer.engine import Engine
     from sg4v_jax.infer.sampling import SamplingOptions
     from sg4v_jax.parallel.mesh import make_mesh
 
@@ -61,4 +61,4 @@ def load_generator(arguments: argparse.Namespace) -> tuple[Any, Any]:
         repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
     )
-    return Generator(load_model(arguments.model), make_mesh(), arguments.dtype), options
+    return Engine(load_model(arguments.model), make_mesh(), arguments.dtype), options

@@ -4,7 +4,9 @@ import argparse
 import os
 from typing import Any
 
-from sg4v_jax.commands.common import add_command, add_sampling, load_generator, progress_bar
+from sg4v_jax.commands.common import add_command, add_sampling, load_engine, progress_bar
+
+_ANSWER_TOKENS = 128
 
 
 def add(commands: Any) -> None:
@@ -13,35 +15,172 @@ def add(commands: Any) -> None:
         commands,
         "eval",
         run,
-        "Answers a file of questions (LLaVA's JSONL format) and, given the truth, scores the answers.",
+        "Scores a model on benchmarks, compares scored models, or answers a file of questions.",
+        "  sg4v eval --benchmarks=mme,mmbench,pope --data eval --model runs/sft --output scores/sft\n"
+        "  sg4v eval --compare scores/sft scores/longer --data eval --output comparison.html\n"
         "  sg4v eval --model runs/sft --questions q.jsonl --images images --output answers.jsonl \\\n"
         "    --truth truth.jsonl",
     )
-    add_sampling(parser, 128)
-    parser.add_argument("--questions", required=True, help="JSONL with question_id, image, text")
-    parser.add_argument("--images", required=True, help="folder that `image` is relative to")
-    parser.add_argument("--output", required=True, help="JSONL of answers")
-    parser.add_argument("--truth", help="JSONL with question_id, answer and optionally category")
-    parser.add_argument("--batch-size", type=int, default=16)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--benchmarks", help="names with commas between them; `list` shows all")
+    what.add_argument(
+        "--compare", nargs="+", metavar="RUN", help="outputs of --benchmarks, the baseline first"
+    )
+    what.add_argument("--questions", help="JSONL with question_id, image, text")
+    add_sampling(parser, None, needs_model=False)
+    parser.add_argument("--output", help="folder of a run; page of a comparison; JSONL of answers")
+    group = parser.add_argument_group("benchmarks")
+    group.add_argument("--data", help="folder with the benchmarks' folders (docs/evaluation.md)")
+    group.add_argument(
+        "--mode", default="generate", help="or the likeliest of option `letters` or `contents`"
+    )
+    group.add_argument("--template", default="", help="default: as published for each benchmark")
+    group.add_argument("--aspect", default="", help="pad or square; default: as published")
+    group.add_argument("--limit", type=int, default=0, help="the first so many questions of each; 0 is all")
+    group.add_argument("--shard", default="0/1", help="0/4 to 3/4 share the work of one output among four")
+    group.add_argument("--judge", help="model that judges open answers (LLaVA-Bench, MM-Vet)")
+    group.add_argument("--judge-endpoint", default="https://api.openai.com/v1", help="OpenAI-compatible")
+    group.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="variable that holds the key")
+    group = parser.add_argument_group("comparing")
+    group.add_argument("--published", default="", help="published models to show, such as sharegpt4v-7b")
+    group = parser.add_argument_group("a file of questions")
+    group.add_argument("--images", help="folder that `image` is relative to")
+    group.add_argument("--truth", help="JSONL with question_id, answer and optionally category")
 
 
 def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     """Runs `eval`."""
+    if arguments.compare:
+        _compare(arguments)
+    elif arguments.questions:
+        _questions(arguments)
+    elif arguments.benchmarks == "list":
+        _list()
+    else:
+        _benchmarks(arguments)
+
+
+def _list() -> None:
+    from sg4v_jax.evaluate.registry import BENCHMARKS
+
+    for name, benchmark in BENCHMARKS.items():
+        scored = benchmark.server or ("a judge" if benchmark.judged else "here")
+        print(f"{name:<16}{benchmark.title:<28}in {benchmark.folders[0]:<26}scored by {scored}")
+
+
+def _benchmarks(arguments: argparse.Namespace) -> None:
+    from sg4v_jax.evaluate.registry import get_benchmarks
+    from sg4v_jax.evaluate.runner import run_benchmark, summary
+    from sg4v_jax.evaluate.settings import Choices
+
+    benchmarks = get_benchmarks(arguments.benchmarks)
+    _require(arguments, "data", "model", "output")
+    sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0}
+    if changed := [name for name, value in sampling.items() if getattr(arguments, name) != value]:
+        raise ValueError(f"benchmarks are answered greedily; leave out --{changed[0].replace('_', '-')}")
+    choices = Choices(
+        mode=arguments.mode,
+        template=arguments.template,
+        aspect=arguments.aspect,
+        max_new_tokens=arguments.max_new_tokens or 0,
+        limit=arguments.limit,
+    )
+    shard = _shard(arguments.shard)
+    # Before the model is loaded: files may be missing.
+    loaded = {benchmark.name: benchmark.load(arguments.data) for benchmark in benchmarks}
+    engine, scores = _LazyEngine(arguments), {}
+    for benchmark in benchmarks:
+        judge = _judge(arguments, benchmark.name) if benchmark.judged and arguments.judge else None
+        report = run_benchmark(
+            benchmark,
+            engine,
+            loaded[benchmark.name],
+            arguments.output,
+            model=_model_name(arguments),
+            choices=choices,
+            shard=shard,
+            judge=judge,
+            progress=progress_bar(f"{benchmark.name} answers"),
+        )
+        if judge:
+            judge.close()
+        if report.missing:
+            print(f"{benchmark.name}: {report.asked} answered, {report.missing} left to other shards")
+        else:
+            scores[benchmark.name] = report.scores
+    if scores:
+        print(summary(scores))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from sg4v_jax.evaluate.compare import compare_runs, table
+    from sg4v_jax.evaluate.compare_page import write_page
+
+    comparison = compare_runs(arguments.compare, [name for name in arguments.published.split(",") if name])
+    print(table(comparison))
+    if arguments.output:
+        print(f"wrote {write_page(comparison, arguments.compare[0], arguments.output, arguments.data)}")
+
+
+def _questions(arguments: argparse.Namespace) -> None:
     from sg4v_jax.evaluate.answers import answer_questions, read_jsonl
     from sg4v_jax.evaluate.exact import score_file
 
+    _require(arguments, "images", "model", "output")
+    arguments.max_new_tokens = arguments.max_new_tokens or _ANSWER_TOKENS
     questions = read_jsonl(arguments.questions, ("question_id", "text"))
-    generator, options = load_generator(arguments)
+    engine, options = load_engine(arguments)
     answer_questions(
-        generator,
+        engine,
         questions,
         arguments.images,
         arguments.output,
         options=options,
-        batch_size=arguments.batch_size,
-        model_id=os.path.basename(os.path.normpath(arguments.model)),
-        progress=progress_bar("batches"),
+        model_id=_model_name(arguments),
+        progress=progress_bar("answers"),
     )
     print(f"{arguments.output}: {len(questions)} answers")
     if arguments.truth:
         print(score_file(arguments.output, arguments.truth).table())
+
+
+class _LazyEngine:
+    """Loads the model when the first question comes: scoring again, or with a judge, needs none."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._arguments, self._engine = arguments, None
+
+    def __getattr__(self, name: str) -> Any:
+        if self._engine is None:
+            arguments = argparse.Namespace(**vars(self._arguments))
+            arguments.max_new_tokens = arguments.max_new_tokens or _ANSWER_TOKENS
+            self._engine, _ = load_engine(arguments)
+        return getattr(self._engine, name)
+
+
+def _judge(arguments: argparse.Namespace, benchmark: str) -> Any:
+    import pathlib
+
+    from sg4v_jax.caption.collect.endpoint import Endpoint
+    from sg4v_jax.evaluate.judge import Judge
+    from sg4v_jax.evaluate.judged import verdict_cache
+
+    endpoint = Endpoint(arguments.judge_endpoint, os.environ.get(arguments.judge_key_env, ""))
+    return Judge(endpoint, arguments.judge, verdict_cache(pathlib.Path(arguments.output) / benchmark))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(f"--shard {text!r}: expected index/count, such as 0/4")
+    return int(index), int(count)
+
+
+def _require(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if not getattr(arguments, name):
+            raise ValueError(f"give --{name}")
+
+
+def _model_name(arguments: argparse.Namespace) -> str:
+    return os.path.basename(os.path.normpath(arguments.model))

@@ -4,10 +4,8 @@ The page is one file without scripts; everything from the data is escaped, and t
 anew, so that no byte of an image file gets into it.
 """
 
-import base64
 import collections
 import dataclasses
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -18,27 +16,27 @@ from etils import epath
 
 from sg4v_jax.data.check import CheckReport, Example, FileReport, Sample, quantile
 from sg4v_jax.data.defects import KINDS, allowed_bad
-from sg4v_jax.data.image import ImageError, load_image
-from sg4v_jax.data.records import RecordError, resolve_image
+from sg4v_jax.data.image import ImageError
+from sg4v_jax.data.records import RecordError
 from sg4v_jax.data.sources import SOURCES
+from sg4v_jax.data.thumbnail import thumbnail
+from sg4v_jax.page.html import data_uri, document, table
+from sg4v_jax.page.svg import histogram
 
 _THUMBNAIL, _TEXT = 160, 600  # pixels, characters
 _BINS = 24
 _QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 _STYLE = """
-:root{color-scheme:light dark;--line:#8884;--bad:#b3261e;--note:#8a6100}
-@media(prefers-color-scheme:dark){:root{--bad:#ff8a80;--note:#ffcf70}}
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}
-th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-.n{text-align:right;font-variant-numeric:tabular-nums}
-.bad{color:var(--bad)}.note{color:var(--note)}
-.verdict{font-size:1.2rem}
-.bar{fill:currentColor;opacity:.65}.over{fill:var(--bad);opacity:1}
-.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));gap:1rem}
-figure{margin:0;border:1px solid var(--line);padding:.7rem;overflow-wrap:anywhere}
-figure img{max-width:160px;max-height:160px;margin:0 .4rem .4rem 0}
-figure p{margin:.2rem 0;white-space:pre-line}code{overflow-wrap:anywhere}
+.noted { color: var(--accent); }
+.verdict { font-size: 1.2rem; }
+.chart { max-width: 40rem; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+.samples figure { border: 1px solid var(--rule); padding: .7rem; overflow-wrap: anywhere; }
+.samples img { max-width: 160px; max-height: 160px; margin: 0 .4rem .4rem 0; }
+.samples p { margin: .2rem 0; white-space: pre-line; }
+td { padding: .25rem .7rem; min-width: 0; }
+h2 { margin-top: 2.5rem; }
+h3 { margin-top: 1.5rem; }
 """
 
 
@@ -97,13 +95,10 @@ def render_page(report: CheckReport) -> str:
     """The page, as HTML."""
     verdict = f"<p class='verdict {'' if report.passed else 'bad'}'>{escape(_verdict(report))}</p>"
     body = "\n".join(_file_section(file, report) for file in report.files)
-    return (
-        "<!DOCTYPE html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>sg4v data check</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>sg4v data check</h1>\n{verdict}\n"
-        f"<p>Images below <code>{escape(report.image_root)}</code>.</p>\n{body}\n</body>\n</html>\n"
+    header = (
+        f"<h1>sg4v data check</h1>\n{verdict}\n<p>Images below <code>{escape(report.image_root)}</code>.</p>"
     )
+    return document("sg4v data check", f"{header}\n{body}", style=_STYLE)
 
 
 def _verdict(report: CheckReport) -> str:
@@ -197,7 +192,7 @@ def _file_section(file: FileReport, report: CheckReport) -> str:
         [
             f"<h2>{escape(file.file)}</h2>",
             f"<p>{file.records} records, {file.bad} bad{escape(_expected(file))}.</p>",
-            _table(_source_rows(file)),
+            table(_source_rows(file)),
             _folder_table(file),
             "<h3>Defects</h3>" if file.defects else "<h3>No defects</h3>",
             *(_defect(kind, file) for kind in _kinds(file)),
@@ -216,14 +211,6 @@ def _file_section(file: FileReport, report: CheckReport) -> str:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    cells = [
-        "".join(f"<{tag}{'' if i == 0 else ' class=n'}>{escape(cell)}</{tag}>" for i, cell in enumerate(row))
-        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
-    ]
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
-
-
 def _folder_table(file: FileReport) -> str:
     rows = "".join(
         f"<tr><td><code>{escape(folder)}</code></td><td{'' if there else ' class=bad'}>"
@@ -239,9 +226,10 @@ def _origin(folder: str) -> str:
 
 def _defect(kind: str, file: FileReport) -> str:
     level = "bad" if KINDS[kind].bad else "note"
+    color = "bad" if KINDS[kind].bad else "noted"
     examples = "".join(f"<li>{_example(example)}</li>" for example in file.examples[kind])
     return (
-        f"<details open><summary><b class={level}>{file.defects[kind]} {kind}</b> ({level}): "
+        f"<details open><summary><b class={color}>{file.defects[kind]} {kind}</b> ({level}): "
         f"{escape(KINDS[kind].meaning)}</summary><ul>{examples}</ul></details>"
     )
 
@@ -252,21 +240,10 @@ def _example(example: Example) -> str:
 
 def _chart(file: FileReport, max_length: int) -> str:
     bins = _histogram(file)
-    most = max((count for *_, count in bins), default=0) or 1
-    bars = []
-    for i, (first, last, count) in enumerate(bins):
-        height = round(100 * count / most, 1)
-        kind = "bar over" if first > max_length else "bar"
-        bars.append(
-            f"<rect class='{kind}' x='{i * 24}' y='{110 - height}' width='22' height='{height}'>"
-            f"<title>{first} to {last}: {count}</title></rect>"
-        )
-    labels = "".join(
-        f"<text x='{i * 24}' y='124' font-size='9' fill='currentColor'>{bins[i][0]}</text>"
-        for i in range(0, len(bins), 4)
-    )
-    width = len(bins) * 24
-    return f"<svg viewBox='0 0 {width} 128' width='{width}' role='img'>{''.join(bars)}{labels}</svg>"
+    # Bins are of one width; the last one takes all that is longer.
+    edges = [*(first for first, *_ in bins), bins[-1][0] + (bins[1][0] if bins[1:] else 1)]
+    shares = [count / max(1, file.lengths.total()) for *_, count in bins]
+    return histogram("Lengths", f"length; {max_length} is the limit", edges, [shares])
 
 
 def _figure(source: str, sample: Sample, image_root: str) -> str:
@@ -285,11 +262,7 @@ def _short(text: str) -> str:
 
 def _picture(image_root: str, name: str) -> str:
     try:
-        image = load_image(resolve_image(image_root, name).read_bytes(), name=name)
+        data = thumbnail(image_root, name, _THUMBNAIL)
     except (ImageError, RecordError, OSError) as error:  # Changed since it was looked at.
         return f"<p class=bad>{escape(str(error))}</p>"
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f"<img alt='{escape(name)}' src='data:image/jpeg;base64,{encoded}'>"
+    return f"<img alt='{escape(name)}' src='{data_uri(data)}'>"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 from html import escape
 from typing import TYPE_CHECKING
 
-from sg4v_jax.demo import report_svg
 from sg4v_jax.demo.marking import mark
 from sg4v_jax.demo.report_style import STYLE
+from sg4v_jax.page import svg
+from sg4v_jax.page.html import bar, data_uri, document, figures
 from sg4v_jax.world import answer_accuracy, dense, facts, load_photos, parse
 
 if TYPE_CHECKING:
@@ -22,17 +22,12 @@ def page(report: Report) -> str:
     """The page of a report; everything that a model wrote is escaped."""
     sections = (_header, _stages, _samples, _scores, _curves, _photos, _notes)
     body = "\n".join(section(report) for section in sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>sg4v_jax demo</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"{body}\n</main>\n</body>\n</html>\n"
-    )
+    return document("sg4v_jax demo", body, style=STYLE)
 
 
 def _header(report: Report) -> str:
     captioner, blind = report.f1["captioner"].f1, report.blind.f1
-    figures = [
+    numbers = [
         (f"{captioner:.3f}", "caption F1", f"the captioner, on held-out images; blind {blind:.3f}"),
         (f"{report.accuracy.overall:.1%}", "answers right", f"after tuning; majority {report.majority:.1%}"),
         (_duration(sum(report.times.values())), "wall clock", "sum of the stages below, from random weights"),
@@ -42,17 +37,13 @@ def _header(report: Report) -> str:
             "written as Hugging Face LLaVA, loaded back, compared",
         ),
     ]
-    cells = "".join(
-        f"<div><strong>{number}</strong><span>{label}</span><small>{note}</small></div>"
-        for number, label, note in figures
-    )
     return (
         "<header><p class=kicker>sg4v_jax demo</p>"
         "<h1>Describe what you see, then learn from the descriptions</h1>"
         "<p class=lead>The ShareGPT4V loop on a small drawn world whose truth is known exactly: "
         "a captioner learns from dense captions, describes the images that have none, and a model "
         "pre-trained on its captions is tuned to answer questions.</p>"
-        f"<div class=figures>{cells}</div></header>"
+        f"{figures(numbers)}</header>"
     )
 
 
@@ -60,7 +51,7 @@ def _stages(report: Report) -> str:
     longest = max(report.times.values(), default=0) or 1
     items = "".join(
         f"<li><span class=number>{number}</span><span class=title>{escape(title)}</span>"
-        f"<strong>{_seconds(seconds)}</strong>{_bar(seconds / longest)}</li>"
+        f"<strong>{_seconds(seconds)}</strong>{bar(seconds / longest)}</li>"
         for number, (title, seconds) in enumerate(report.times.items(), 1)
     )
     return (
@@ -161,11 +152,11 @@ def _curves(report: Report) -> str:
     curves = {
         stage: [(line["step"] + 1, line["loss"]) for line in lines] for stage, lines in report.curves.items()
     }
-    shown = [y for points in curves.values() for _, y in report_svg.usable(points)]
-    bounds = report_svg.log_bounds(shown)
+    shown = [y for points in curves.values() for _, y in svg.usable(points)]
+    bounds = svg.log_bounds(shown)
     charts = "".join(
         f"<figure><figcaption>{escape(stage)}<small>{_last(report, stage)}</small></figcaption>"
-        f"{report_svg.loss_chart(f'Loss of {stage}', points, bounds)}</figure>"
+        f"{svg.loss_chart(f'Loss of {stage}', points, bounds)}</figure>"
         for stage, points in curves.items()
     )
     return (
@@ -217,17 +208,11 @@ def _notes(report: Report) -> str:
 
 
 def _image(encoded: bytes, description: str) -> str:
-    kind = "png" if encoded.startswith(b"\x89PNG") else "jpeg"
-    data = base64.b64encode(encoded).decode()
-    return f'<img alt="{description}" src="data:image/{kind};base64,{data}">'
+    return f'<img alt="{description}" src="{data_uri(encoded)}">'
 
 
 def _cell(share: float) -> str:
-    return f"<td>{share:.3f}{_bar(share)}</td>"
-
-
-def _bar(share: float) -> str:
-    return f'<span class="bar"><i style="width:{100 * min(max(share, 0), 1):.1f}%"></i></span>'
+    return f"<td>{share:.3f}{bar(share)}</td>"
 
 
 def _seconds(seconds: float) -> str:

@@ -22,6 +22,7 @@ import tqdm
 
 from sg4v_jax import config as config_lib
 from sg4v_jax.caption.corpus import caption_corpus, list_images
+from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.convert.load import load_model, save_model
 from sg4v_jax.data import build
 from sg4v_jax.data.conversation import training_texts
@@ -30,7 +31,8 @@ from sg4v_jax.data.tokenizer import train_tokenizer
 from sg4v_jax.demo.report import Report, write_report
 from sg4v_jax.evaluate.answers import answer_questions, read_jsonl
 from sg4v_jax.evaluate.exact import score_file
-from sg4v_jax.infer.generate import Generator, Prompt
+from sg4v_jax.infer.engine import Engine
+from sg4v_jax.infer.request import Completion, Prompt, Request
 from sg4v_jax.infer.sampling import SamplingOptions
 from sg4v_jax.models.sharegpt4v import resplit_vision
 from sg4v_jax.parallel.mesh import make_mesh
@@ -40,6 +42,8 @@ from sg4v_jax.world import WorldFiles, attribute_f1, blind_f1, write_world
 
 CAPTION_TOKENS, ANSWER_TOKENS = 100, 8
 BATCH = 64
+# Positions of a slot: the longest photograph's caption fits.
+CAPACITY = 384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Demo:
         )
 
     def _recaption(self) -> None:
-        captioner = self._generator("captioner")
+        captioner = self._engine("captioner")
         report = caption_corpus(
             captioner,
             list_images(self.world.images_to_caption),
@@ -156,8 +160,8 @@ class Demo:
     def _run_dir(self, stage: str) -> str:
         return os.fspath(self.workdir / "runs" / stage)
 
-    def _generator(self, stage: str) -> Generator:
-        return Generator(load_model(self._run_dir(stage)), make_mesh(), dtype="float32")
+    def _engine(self, stage: str) -> Engine:
+        return _engine(load_model(self._run_dir(stage)))
 
     # --- Evaluation ------------------------------------------------------------------------------
 
@@ -170,14 +174,13 @@ class Demo:
         answers = self.workdir / "answers.jsonl"
         questions = read_jsonl(self.world.heldout_questions, ("question_id", "text"))
         answer_questions(
-            self._generator("finetune"),
+            self._engine("finetune"),
             questions,
             self.world.image_root,
             answers,
             options=SamplingOptions(max_new_tokens=ANSWER_TOKENS),
-            batch_size=BATCH,
             model_id="finetune",
-            progress=_bar("answering", "batches"),
+            progress=_bar("answering", "answers"),
         )
         truth = read_jsonl(self.world.heldout_answers, ("question_id", "answer"))
         return Report(
@@ -197,22 +200,22 @@ class Demo:
         )
 
     def _captions(self, stage: str, names: list[str]) -> list[str]:
-        generator = self._generator(stage)
-        prompt = generator.bundle.prompt or "Describe the image."
+        engine = self._engine(stage)
+        prompt = engine.bundle.prompt or "Describe the image."
         prompts = [
             Prompt((Turn("human", f"<image>\n{prompt}"),), ((self.world.image_root / name).read_bytes(),))
             for name in names
         ]
-        completions = generator.generate(prompts, SamplingOptions(max_new_tokens=CAPTION_TOKENS))
+        completions = _complete(engine, prompts, SamplingOptions(max_new_tokens=CAPTION_TOKENS))
         return [completion.text for completion in completions]
 
     def _photos(self) -> list[tuple[bytes, str]]:
         """The training photographs with the captioner's captions: learned by heart, and labelled so."""
         paths = sorted((self.world.image_root / "photos").glob("*.jpg"))
-        generator = self._generator("captioner")
-        turns = (Turn("human", f"<image>\n{generator.bundle.prompt}"),)
+        engine = self._engine("captioner")
+        turns = (Turn("human", f"<image>\n{engine.bundle.prompt}"),)
         prompts = [Prompt(turns, (path.read_bytes(),)) for path in paths]
-        completions = generator.generate(prompts, SamplingOptions(max_new_tokens=256))
+        completions = _complete(engine, prompts, SamplingOptions(max_new_tokens=256))
         return [(p.images[0], c.text) for p, c in zip(prompts, completions, strict=True)]
 
     # --- Export ----------------------------------------------------------------------------------
@@ -222,13 +225,13 @@ class Demo:
         exported = self.workdir / "llava-hf"
         bundle = load_model(self._run_dir("finetune"))
         save_model(bundle, exported, layout="hf", dtype="float32", overwrite=True)
-        reloaded = Generator(load_model(exported), make_mesh(), dtype="float32")
-        original = Generator(bundle, make_mesh(), dtype="float32")
+        reloaded = _engine(load_model(exported))
+        original = _engine(bundle)
         line = read_jsonl(self.world.heldout_questions, ("question_id", "text"))[0]
         image = (self.world.image_root / line["image"]).read_bytes()
         prompt = Prompt((Turn("human", f"<image>\n{line['text']}"),), (image,))
         options = SamplingOptions(max_new_tokens=ANSWER_TOKENS)
-        same_answer = reloaded.generate([prompt], options) == original.generate([prompt], options)
+        same_answer = _complete(reloaded, [prompt], options) == _complete(original, [prompt], options)
         return same_answer and _equal(bundle.params, reloaded.bundle.params)
 
     @contextmanager
@@ -253,6 +256,20 @@ def run_demo(
       seed: decides everything.
     """
     return Demo(workdir, Plan().scaled(train_scenes, step_factor), seed).run()
+
+
+def _engine(bundle: ModelBundle) -> Engine:
+    return Engine(bundle, make_mesh(), "float32", slots=BATCH, capacity=CAPACITY, prefill_rows=BATCH // 4)
+
+
+def _complete(engine: Engine, prompts: list[Prompt], options: SamplingOptions) -> list[Completion]:
+    """Completions in the order of the prompts."""
+    requests = [Request(i, prompt, options) for i, prompt in enumerate(prompts)]
+    results = {result.key: result for result in engine.complete(requests)}
+    errors = [result.error for result in results.values() if result.error]
+    if errors:
+        raise ValueError(errors[0])
+    return [results[i].completion for i in range(len(prompts))]  # type: ignore[misc]
 
 
 def _majority_accuracy(truth: list[dict[str, Any]]) -> float:

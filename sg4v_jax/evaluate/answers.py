@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sg4v_jax.data.records import IMAGE_PLACEHOLDER, Turn, resolve_image
-from sg4v_jax.infer.generate import Generator, Prompt
+from sg4v_jax.infer.engine import Engine
+from sg4v_jax.infer.request import Prompt, Request
 from sg4v_jax.infer.sampling import SamplingOptions
 
 
@@ -35,40 +36,35 @@ def read_jsonl(path: str | os.PathLike[str], keys: tuple[str, ...]) -> list[dict
 
 
 def answer_questions(
-    generator: Generator,
+    engine: Engine,
     questions: list[dict[str, Any]],
     image_root: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
     options: SamplingOptions,
-    batch_size: int,
     model_id: str,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[str]:
     """Answers every question and writes the lines that the official scorers read (spec 7).
 
     Args:
-      generator: the model.
+      engine: the model.
       questions: lines with `question_id`, `text` and, unless text-only, `image`.
       image_root: what `image` is relative to.
       output: JSONL file of answers, replaced at the end.
       options: how to generate; the paper's scores are greedy.
-      batch_size: questions at a time.
       model_id: name of the model in the answers.
-      progress: wraps the iteration over batches.
+      progress: wraps the iteration over answers.
 
     Returns:
       The answers, in the order of the questions.
     """
-    # Questions of similar length share a batch; the answers come back in order.
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i]["text"]))
     answers = [""] * len(questions)
-    for start in progress(range(0, len(order), batch_size)):
-        rows = order[start : start + batch_size]
-        filled = (rows * batch_size)[:batch_size]
-        prompts = [_prompt(questions[i], image_root) for i in filled]
-        for i, completion in zip(rows, generator.generate(prompts, options), strict=False):
-            answers[i] = completion.text
+    requests = (Request(i, _prompt(question, image_root), options) for i, question in enumerate(questions))
+    for result in progress(engine.complete(requests)):
+        if result.completion is None:
+            raise ValueError(f"question {questions[result.key]['question_id']}: {result.error}")
+        answers[result.key] = result.completion.text
     lines = [
         {
             "question_id": question["question_id"],

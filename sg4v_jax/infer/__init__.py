@@ -1,1 +1,1 @@
-"""Generation with a KV cache."""
+"""The engine: what generates and scores answers."""

@@ -38,6 +38,7 @@ class Linear(nnx.Module):
     Attributes:
       kernel: float[*in_shape, *out_shape].
       bias: float[*out_shape], or None.
+      scale: float32[*out_shape], which multiplies the product where the kernel is int8; None otherwise.
     """
 
     def __init__(
@@ -52,10 +53,15 @@ class Linear(nnx.Module):
         kernel = fan_in_normal(rngs.params(), (*in_shape, *out_shape), math.prod(in_shape))
         self.kernel = nnx.Param(kernel, axes=axes)
         self.bias = nnx.Param(jnp.zeros(out_shape), axes=axes[len(in_shape) :]) if bias else None
+        self.scale: nnx.Param | None = None
         self.num_contracted = len(in_shape)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = jnp.tensordot(x, self.kernel[...], axes=self.num_contracted)
+        if self.scale is None:
+            y = jnp.tensordot(x, self.kernel[...], axes=self.num_contracted)
+        else:
+            y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.num_contracted)
+            y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...]
 
     def flat(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:

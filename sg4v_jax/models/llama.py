@@ -1,40 +1,16 @@
 """LLaMA decoder with grouped-query attention and a KV cache (Touvron et al. 2023; spec 3.1)."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sg4v_jax.kernels.attention import attention
+from sg4v_jax.kernels.decoding import branch_attention, decode_attention
+from sg4v_jax.models.cache import KVCache
 from sg4v_jax.models.config import TextConfig
 from sg4v_jax.models.layers import Linear, RMSNorm, run_stack, stack
 from sg4v_jax.parallel.rules import constrain
-
-CACHE_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of everything a row has seen.
-
-    Attributes:
-      key, value: float[layers, batch, capacity, kv_heads, head_dim].
-      lengths: int32[batch], positions in use per row.
-    """
-
-    key: Float[Array, "layers batch capacity kv_heads head_dim"]
-    value: Float[Array, "layers batch capacity kv_heads head_dim"]
-    lengths: Int[Array, " batch"]
-
-    @classmethod
-    def empty(cls, config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
-        """A cache with no position in use."""
-        shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-        zeros = constrain(jnp.zeros(shape, dtype), CACHE_AXES)
-        return cls(key=zeros, value=zeros, lengths=jnp.zeros(batch, jnp.int32))
 
 
 def rotary_angles(
@@ -146,64 +122,84 @@ class Llama(nnx.Module):
         return self.norm(run_stack(self.blocks, x, body, remat))
 
     def prefill(
-        self, x: Float[Array, "batch length d"], lengths: Int[Array, " batch"], cache: KVCache
-    ) -> tuple[Float[Array, "batch length d"], KVCache]:
-        """Runs right-padded prompts from position 0 and fills `cache` with them.
+        self, x: Float[Array, "batch length d"]
+    ) -> tuple[
+        Float[Array, "batch length d"],
+        Float[Array, "layers batch length kv_heads head_dim"],
+        Float[Array, "layers batch length kv_heads head_dim"],
+    ]:
+        """Runs right-padded prompts from position 0.
 
-        Padding is harmless: it comes after every real token, which the causal mask hides, and its
-        cache entries lie beyond `lengths`, where decoding overwrites them.
+        Padding is harmless: it comes after every real token, which the causal mask hides.
+
+        Returns:
+          (hidden states after the final norm, keys, values).
         """
         batch, length = x.shape[:2]
         angles = rotary_angles(jnp.broadcast_to(jnp.arange(length), (batch, length)), self.config)
 
-        def attend(
-            layer: Array, query: Array, key: Array, value: Array, cache: KVCache
-        ) -> tuple[Array, KVCache]:
-            new = dataclasses.replace(
-                cache,
-                key=jax.lax.dynamic_update_slice(cache.key, key[None], (layer, 0, 0, 0, 0)),
-                value=jax.lax.dynamic_update_slice(cache.value, value[None], (layer, 0, 0, 0, 0)),
-            )
-            return attention(query, key, value, causal=True), new
+        def step(x: Array, block: Block) -> tuple[Array, tuple[Array, Array]]:
+            query, key, value = block.project(x, angles)
+            x = block.finish(x, attention(query, key, value, causal=True))
+            return constrain(x, ("batch", "length", None)), (key, value)
 
-        x, cache = self._run_cached(x, angles, cache, attend)
-        return x, dataclasses.replace(cache, lengths=lengths.astype(jnp.int32))
+        x, (keys, values) = jax.lax.scan(step, x, self.blocks)
+        return self.norm(x), keys, values
 
     def decode(
-        self, x: Float[Array, "batch 1 d"], cache: KVCache
+        self, x: Float[Array, "batch 1 d"], cache: KVCache, active: Int[Array, " batch"]
     ) -> tuple[Float[Array, "batch 1 d"], KVCache]:
-        """Runs one new position per row, at each row's own length."""
-        rows = jnp.arange(x.shape[0])
-        angles = rotary_angles(cache.lengths[:, None], self.config)
+        """Runs one new position per slot, at each slot's own length.
 
-        def attend(
-            layer: Array, query: Array, key: Array, value: Array, cache: KVCache
-        ) -> tuple[Array, KVCache]:
-            new = dataclasses.replace(
-                cache,
-                key=cache.key.at[layer, rows, cache.lengths].set(key[:, 0]),
-                value=cache.value.at[layer, rows, cache.lengths].set(value[:, 0]),
-            )
-            attended = attention(
-                query, new.key[layer], new.value[layer], causal=False, kv_lengths=cache.lengths + 1
-            )
-            return attended, new
+        Args:
+          x: embeddings of the new positions.
+          cache: what the slots have seen.
+          active: 1 for slots in use; the others' output means nothing and their cache stays.
+        """
+        # A slot out of use has no length, so that nothing of it is read.
+        lengths = jnp.where(active > 0, cache.lengths, 0)
+        angles = rotary_angles(lengths[:, None], self.config)
+        scales = None if cache.key_scale is None else (cache.key_scale, cache.value_scale)
 
-        x, cache = self._run_cached(x, angles, cache, attend)
-        return x, dataclasses.replace(cache, lengths=cache.lengths + 1)
-
-    def _run_cached(self, x, angles, cache, attend):  # type: ignore[no-untyped-def]
-        def step(carry, inputs):  # type: ignore[no-untyped-def]
-            # The cache rides in the carry, where XLA updates it in place.
-            x, cache = carry
+        def step(x: Array, inputs: tuple[Array, Block]) -> tuple[Array, tuple[Array, Array]]:
             layer, block = inputs
-            query, key, value = block.project(x, angles)
-            attended, cache = attend(layer, query, key, value, cache)
-            return (block.finish(x, attended), cache), None
+            query, key, value = (y[:, 0] for y in block.project(x, angles))
+            attended = decode_attention(
+                query, key, value, cache.key, cache.value, layer, lengths, scales=scales
+            )
+            return block.finish(x, attended[:, None]), (key, value)
 
         layers = jnp.arange(self.config.num_layers)
-        (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, self.blocks))
-        return self.norm(x), cache
+        x, (keys, values) = jax.lax.scan(step, x, (layers, self.blocks))
+        return self.norm(x), cache.append(keys, values, active)
+
+    def branch(
+        self,
+        x: Float[Array, "batch branches length d"],
+        keys: Float[Array, "layers batch prefix kv_heads head_dim"],
+        values: Float[Array, "layers batch prefix kv_heads head_dim"],
+        lengths: Int[Array, " batch"],
+    ) -> Float[Array, "batch branches length d"]:
+        """Runs several continuations of each prefilled prompt, which don't see each other.
+
+        Args:
+          x: embeddings of the continuations.
+          keys, values: what `prefill` returned.
+          lengths: of the prompts.
+        """
+        batch, branches, length, width = x.shape
+        rows = batch * branches
+        positions = jnp.repeat(lengths, branches)[:, None] + jnp.arange(length)
+        angles = rotary_angles(positions, self.config)
+
+        def step(x: Array, inputs: tuple[Block, Array, Array]) -> tuple[Array, None]:
+            block, prefix_key, prefix_value = inputs
+            query, key, value = (y.reshape(batch, branches, *y.shape[1:]) for y in block.project(x, angles))
+            attended = branch_attention(query, key, value, prefix_key, prefix_value, lengths)
+            return block.finish(x, attended.reshape(rows, *attended.shape[2:])), None
+
+        x, _ = jax.lax.scan(step, x.reshape(rows, length, width), (self.blocks, keys, values))
+        return self.norm(x).reshape(batch, branches, length, width)
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Scores over the vocabulary, in float32."""

@@ -1,5 +1,7 @@
 """ShareGPT4V: a vision tower and a projector whose features take places in a decoder's sequence."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -76,14 +78,26 @@ class ShareGPT4V(nnx.Module):
         return self.text(self.embed(tokens, image_index, features), positions, segment_ids, remat)
 
 
-def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict]:
+def abstract_model(
+    config: ModelConfig, change: Callable[[ShareGPT4V], None] = lambda model: None
+) -> tuple[nnx.GraphDef, dict, dict]:
     """The model without weights.
+
+    Args:
+      config: its shapes.
+      change: makes another model of it, in place.
 
     Returns:
       (graphdef, shapes, axes): `nnx.merge(graphdef, params)` binds a plain dict of parameters;
       `shapes` is that dict with ShapeDtypeStructs and `axes` with tuples of logical axis names.
     """
-    model = nnx.eval_shape(lambda: ShareGPT4V(config, nnx.Rngs(params=0)))
+
+    def build() -> ShareGPT4V:
+        model = ShareGPT4V(config, nnx.Rngs(params=0))
+        change(model)
+        return model
+
+    model = nnx.eval_shape(build)
     graphdef, state = nnx.split(model)
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     axes = jax.tree.map(lambda leaf: leaf.get_metadata()["axes"], state, is_leaf=is_variable)

@@ -63,3 +63,8 @@ def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     if mesh.empty or not mesh.shape_tuple:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def batch_ways(mesh: jax.sharding.Mesh) -> int:
+    """Devices that a batch is split over."""
+    return math.prod(mesh.shape[name] for name in RULES["batch"] or ())

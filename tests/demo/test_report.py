@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from sg4v_jax.demo import report_svg
 from sg4v_jax.demo.marking import Piece, bracketed, mark
 from sg4v_jax.demo.report import numbers, summary, write_report
 from sg4v_jax.demo.report_html import page
+from sg4v_jax.page import svg
 from sg4v_jax.world import Scene, Thing, brief, dense, facts, parse, sample_scene
 from tests.demo.fake_report import fake_report
 
@@ -214,11 +214,11 @@ def test_page_of_a_run_that_diverged_or_logged_nothing(first):
 
 
 def test_log_axis():
-    assert report_svg.log_bounds([0.07, 6.1]) == (0.05, 10)
-    assert report_svg.log_bounds([2.0, 2.0]) == (1, 4)
-    assert report_svg.log_bounds([]) == (0.1, 1)
-    assert report_svg.log_ticks(0.05, 10) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10])
-    assert report_svg.log_ticks(1e-5, 10) == pytest.approx([1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10])
+    assert svg.log_bounds([0.07, 6.1]) == (0.05, 10)
+    assert svg.log_bounds([2.0, 2.0]) == (1, 4)
+    assert svg.log_bounds([]) == (0.1, 1)
+    assert svg.log_ticks(0.05, 10) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10])
+    assert svg.log_ticks(1e-5, 10) == pytest.approx([1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10])
 
 
 # --- Files and terminal --------------------------------------------------------------------------

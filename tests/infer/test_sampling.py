@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sg4v_jax.infer.sampling import RowOptions, SamplingOptions, sample
+from sg4v_jax.infer.sampling import RowOptions, SamplingOptions, penalize, sample
 
 VOCAB, DRAWS = 50, 400
 OPTIONS = [
@@ -50,11 +50,18 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
     return logits, generator.random((len(OPTIONS), VOCAB)) < 0.3
 
 
+def penalized(logits: np.ndarray, seen: np.ndarray, options: RowOptions) -> jax.Array:
+    """Scores after the repetition penalty, with nothing in the history."""
+    zeros = jnp.zeros(len(logits), jnp.int32)
+    return penalize(jnp.array(logits), jnp.array(seen), zeros[:, None], zeros, zeros, options, (2,))
+
+
 def test_draws_are_from_the_scores_of_transformers() -> None:
     """The same noise picks the same token, every time: support and distribution are equal."""
     logits, seen = inputs()
     options = RowOptions.of(OPTIONS)
-    draw = jax.jit(jax.vmap(lambda step: sample(logits, seen, jnp.full(len(OPTIONS), step), options)))
+    scores = penalized(logits, seen, options)
+    draw = jax.jit(jax.vmap(lambda step: sample(scores, jnp.full(len(OPTIONS), step), options)))
     found = np.asarray(draw(jnp.arange(DRAWS)))
     supports = []
     for row, row_options in enumerate(OPTIONS):
@@ -77,7 +84,7 @@ def test_frequencies_follow_the_probabilities() -> None:
         rows = [SamplingOptions(temperature=1.0, seed=i if vary_seed else 0) for i in range(draws)]
         steps = jnp.zeros(draws, jnp.int32) if vary_seed else jnp.arange(draws)
         many = np.repeat(logits, draws, axis=0)
-        found = np.asarray(jax.jit(sample)(many, many > 99, steps, RowOptions.of(rows)))
+        found = np.asarray(jax.jit(sample)(many, steps, RowOptions.of(rows)))
         expected = np.asarray(jax.nn.softmax(logits[0]))
         frequencies = np.bincount(found, minlength=6) / draws
         # Four standard deviations.
@@ -88,12 +95,8 @@ def test_greedy_is_the_best_after_the_penalty() -> None:
     logits, seen = inputs()
     for penalty in (1.0, 1.5, 3.0):
         greedy = SamplingOptions(repetition_penalty=penalty, top_k=3, top_p=0.1)
-        found = sample(
-            jnp.array(logits),
-            jnp.array(seen),
-            jnp.zeros(len(logits), jnp.int32),
-            RowOptions.of([greedy] * len(logits)),
-        )
+        options = RowOptions.of([greedy] * len(logits))
+        found = sample(penalized(logits, seen, options), jnp.zeros(len(logits), jnp.int32), options)
         expected = [their_scores(row, mask, greedy).argmax() for row, mask in zip(logits, seen, strict=True)]
         np.testing.assert_array_equal(found, expected)
 

@@ -11,10 +11,13 @@ from typing import Any
 
 
 class Journal:
-    """A file of JSON objects, one on each line; what `append` returned from is on disk."""
+    """A file of JSON objects, one on each line; what `append` returned from is on disk.
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
+    Without `sync` it is with the system: a killed process loses none of it, a power cut may.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, sync: bool = True):
+        self.path, self._sync = pathlib.Path(path), sync
         self._file = self.path.open("ab", buffering=0)
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -49,7 +52,8 @@ class Journal:
         try:
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self.path))
-            os.fsync(self._file.fileno())
+            if self._sync:
+                os.fsync(self._file.fileno())
         except OSError:
             # Whatever is appended later would become part of a broken line.
             self._file.truncate(offset)

@@ -1,6 +1,7 @@
-"""Line charts as inline SVG: a few strings, no library, colours from the page's style sheet."""
+"""Charts as inline SVG: a few strings, no library, colours from the page's style sheet."""
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -66,6 +67,54 @@ def loss_chart(title: str, points: Sequence[Point], bounds: tuple[float, float])
     parts.append(_polyline("raw" if smooth else "mean", [place(point) for point in points]))
     if smooth:
         parts.append(_polyline("mean", [place(point) for point in _running_mean(points)]))
+    return "".join([*parts, "</svg>"])
+
+
+def histogram(title: str, unit: str, edges: Sequence[float], series: Sequence[Sequence[float]]) -> str:
+    """Shares by bin: the first series as bars, others as outlines over them.
+
+    Args:
+      title: what a screen reader says of it.
+      unit: below the axis.
+      edges: of the bins, one more than there are bins, in order.
+      series: a share for every bin, for each of one or more sets.
+    """
+    most = max((share for shares in series for share in shares), default=0) or 1.0
+    low, high = edges[0], edges[-1]
+    bottom = _HEIGHT - _BOTTOM
+
+    def place(value: float, share: float) -> Point:
+        x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / ((high - low) or 1)
+        return x, bottom - (bottom - _TOP) * share / most
+
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">'
+    ]
+    for tick in _linear_ticks(most):
+        y = place(low, tick)[1]
+        parts.append(_line("grid", _LEFT, y, _WIDTH - _RIGHT, y))
+        parts.append(_text(_LEFT - 7, y + 4, "end", f"{tick:.3g}" if most < 0.02 else f"{tick:.0%}"))
+    for (left, right), share in zip(itertools.pairwise(edges), series[0], strict=True):
+        (x1, y), (x2, _) = place(left, share), place(right, share)
+        name = f"<title>{left:g} to {right:g}: {share:.2%}</title>"
+        parts.append(
+            f'<rect x="{x1:.1f}" y="{y:.1f}" width="{max(x2 - x1 - 1, 0.5):.1f}" '
+            f'height="{bottom - y:.1f}">{name}</rect>'
+        )
+    for shares in series[1:]:
+        steps = [
+            place(edge, share)
+            for (left, right), share in zip(itertools.pairwise(edges), shares, strict=True)
+            for edge in (left, right)
+        ]
+        parts.append(_polyline("other", [place(low, 0), *steps, place(high, 0)]))
+    for tick in _linear_ticks(high):
+        if tick >= low:
+            x = place(tick, 0)[0]
+            parts.append(_line("axis", x, bottom, x, bottom + 4))
+            parts.append(_text(x, bottom + 17, "middle", f"{tick:g}"))
+    parts.append(_line("axis", _LEFT, bottom, _WIDTH - _RIGHT, bottom))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 4, "middle", unit))
     return "".join([*parts, "</svg>"])
 
 

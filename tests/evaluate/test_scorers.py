@@ -1,0 +1,208 @@
+"""Scorers give what the official tools give, to the last digit.
+
+Golden files hold what those tools printed: counts of LaVIN's public answers to MME (not the answers), VQA
+scores of random answers, caption scores. Where they come from is said in docs/evaluation.md.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sg4v_jax.evaluate.benchmark import Marked
+from sg4v_jax.evaluate.benchmarks import gqa, mme, pope, qbench, scienceqa, seed
+from sg4v_jax.evaluate.benchmarks.captioning import Captioning
+from sg4v_jax.evaluate.caption_scores import cider, words
+from sg4v_jax.evaluate.choices import NONE_OF_THEM, infer_option
+from sg4v_jax.evaluate.statistics import value
+from sg4v_jax.evaluate.vqa_accuracy import evalai_answer, textvqa_accuracy, vqa_accuracy
+from tests.evaluate.official import png
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def golden(name: str) -> Any:
+    return json.loads((GOLDEN / name).read_text())
+
+
+def test_mme_of_lavins_public_answers() -> None:
+    """963.61 and 249.64: what the README of the MME tool promises for the answers that come with it."""
+    marked = []
+    for category, counts in golden("mme_lavin.json").items():
+        number = 0
+        for pair, count in counts:
+            for _ in range(count):
+                number += 1
+                for question, (truth, start) in enumerate(pair):
+                    fields = {"category": category, "image": str(number)}
+                    parsed = mme.parse(start + " and so on" if len(start) == 4 else start)
+                    score = float(parsed == truth)
+                    marked.append(Marked(f"{number}/{question}", truth, fields, start, parsed, score))
+    assert len(marked) == 2374
+    scores = {metric.name: value(metric) for metric in mme.MME().metrics(marked)}
+    assert scores["perception"] == pytest.approx(963.6114445778312, abs=1e-9)
+    assert scores["cognition"] == pytest.approx(249.64285714285714, abs=1e-9)
+    assert scores["posters"] == pytest.approx(79.59183673469389, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "parsed"),
+    [
+        *(("Yes", "yes"), ("YES.", "yes"), ("no", "no"), ("No, it is not", "no"), ("", "other")),
+        # The fifth character is not looked at, and a word that only begins like an answer counts.
+        *(("It is. yes", "other"), ("Nope", "no"), ("eyes", "yes"), ("  no", "no"), ("not yes", "no")),
+    ],
+)
+def test_mme_answers(answer: str, parsed: str) -> None:
+    assert mme.parse(answer) == parsed
+
+
+@pytest.mark.parametrize("case", golden("vqa_accuracy.json"), ids=lambda case: repr(case["answer"])[:20])
+def test_vqa_accuracy_equals_the_official_tools(case: dict[str, Any]) -> None:
+    assert vqa_accuracy(case["answer"], case["people"]) == pytest.approx(case["vqa"])
+    assert textvqa_accuracy(case["answer"], case["people"]) == pytest.approx(case["textvqa"])
+    assert evalai_answer(case["answer"]) == case["evalai"]
+
+
+@pytest.mark.parametrize(("matches", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy_leaves_each_person_out(matches: int, score: float) -> None:
+    people = ["red"] * matches + [f"other {i}" for i in range(10 - matches)]
+    assert vqa_accuracy("red", people) == pytest.approx(score)
+
+
+def test_vqa_texts_are_only_normalised_if_people_disagree() -> None:
+    assert vqa_accuracy("The Two dogs", ["2 dogs"] * 10) == 0.0
+    assert vqa_accuracy("The Two dogs", ["2 dogs"] * 9 + ["3"]) == 1.0
+    assert textvqa_accuracy("The Two dogs", ["2 dogs"] * 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Isnt it 2,000?", "isn't it 2000"),
+        ("the cat's tail", "cat 's tail"),
+        ("3.5 p.m.", "3.5 pm"),
+        ("x-ray", "x ray"),
+        ("a - b", "b"),
+        ("none", "0"),
+        ("." * 40, "." * 8),  # At most 32 full stops go.
+    ],
+)
+def test_normalising(text: str, answer: str) -> None:
+    assert evalai_answer(text) == answer
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_any_answer_equals_itself(text: str) -> None:
+    assert textvqa_accuracy(text, [text] * 10) == 1.0
+    assert vqa_accuracy(text, [text] * 10) == 1.0
+    assert 0.0 <= vqa_accuracy(text, ["yes"] * 5 + ["no"] * 5) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "parsed"),
+    [
+        *(("Yes", "yes"), ("No", "no"), ("There is not a dog", "no"), ("no, there isn't", "no")),
+        # Only the first sentence counts, and whatever is no denial is a yes.
+        *(("I think so. No", "yes"), ("NO", "yes"), ("", "yes"), ("Nothing", "yes")),
+    ],
+)
+def test_pope_answers(answer: str, parsed: str) -> None:
+    assert pope.parse(answer) == parsed
+
+
+def test_pope_metrics() -> None:
+    pairs = [("yes", "yes")] * 3 + [("no", "yes")] * 2 + [("yes", "no")] * 1 + [("no", "no")] * 4
+    marked = [
+        Marked(str(i), truth, {"category": "random", "image": str(i)}, said, said, float(said == truth))
+        for i, (said, truth) in enumerate(pairs)
+    ]
+    scores = {metric.name: value(metric) for metric in pope.POPE().metrics(marked)}
+    assert scores["F1"] == pytest.approx(100 * 6 / 9)
+    assert scores["accuracy: random"] == pytest.approx(70)
+    assert scores["precision: random"] == pytest.approx(75)
+    assert scores["recall: random"] == pytest.approx(60)
+    assert scores["said yes: random"] == pytest.approx(40)
+
+
+OPTIONS = {"A": "a cat", "B": "the dog", "C": "two", "D": "cat food"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "option"),
+    [
+        *(("B", "B"), ("(B)", "B"), ("B. the dog", "B"), ("It is B!", "B"), ("b", "")),
+        *(("The Dog", "B"), ("I see a cat", "A"), ("a cat or the dog", ""), ("A or B", "")),
+        # A letter that comes early in a long answer may be an article.
+        ("A big brown animal of some sort", ""),
+        ("The correct answer is **C** because A and B are wrong, and D is wrong too", "C"),
+        ("I can't process this file.", NONE_OF_THEM),
+        ("Z", NONE_OF_THEM),
+        ("the dog " * 20, ""),
+        ("", ""),
+    ],
+)
+def test_mmbench_answers(answer: str, option: str) -> None:
+    assert infer_option(answer, OPTIONS) == option
+
+
+@pytest.mark.parametrize(
+    ("answer", "parsed"),
+    [
+        *(("A", "A"), ("B. owl", "B"), ("B.", ""), ("The answer is C.", "C"), ("F", ""), ("a", "")),
+        ("The answer is A. No, the answer is B.", "A"),
+        ("The answer is A. The answer is B.", ""),
+        ("The answer is Z!", "Z"),
+    ],
+)
+def test_scienceqa_answers(answer: str, parsed: str) -> None:
+    assert scienceqa.parse(answer) == parsed
+
+
+def sample(benchmark: Any, truth: str, choices: tuple[str, ...] = ()) -> Any:
+    from sg4v_jax.evaluate.benchmark import Sample
+
+    return Sample("0", "?", png(), truth, {}, choices)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "truth", "answer", "score"),
+    [
+        (scienceqa.ScienceQA(), "A", "A. cod", 1.0),
+        (scienceqa.ScienceQA(), "C", "C", 0.0),  # There is no third option.
+        (seed.SEED(), "A", "A", 1.0),
+        (seed.SEED(), "A", "A.", 0.0),
+        (gqa.GQA(), "light blue", "Light blue.", 1.0),
+        (gqa.GQA(), "light blue", "blue", 0.0),
+        (qbench.QBench(), "cod", "A. cod", 1.0),
+        (qbench.QBench(), "cod", "cod", 1.0),
+        (qbench.QBench(), "cod", "cod I guess", 1.0),
+        (qbench.QBench(), "cod", "owl", 0.0),
+    ],
+)
+def test_marks(benchmark: Any, truth: str, answer: str, score: float) -> None:
+    assert benchmark.mark(sample(benchmark, truth, ("cod", "owl")), answer).score == score
+
+
+def test_captions_equal_cocos_tool() -> None:
+    found = golden("captions.json")
+    captions, references = found["captions"], found["references"]
+    scores = cider(captions, references)
+    np.testing.assert_allclose(scores, found["cider"], rtol=1e-9)
+    marked = [
+        Marked(str(i), people, {}, caption, "", score)
+        for i, (caption, people, score) in enumerate(zip(captions, references, scores, strict=True))
+    ]
+    cider_, *bleu = (value(metric) for metric in Captioning().metrics(marked))
+    assert cider_ == pytest.approx(100 * np.mean(found["cider"]))
+    np.testing.assert_allclose(bleu, 100 * np.array(found["bleu"]), rtol=1e-6)
+
+
+def test_words_of_captions() -> None:
+    text = "A man's dog isn't \"big\", it's well-fed (12.5 kg)!"
+    assert words(text) == ["a", "man", "'s", "dog", "is", "n't", "big", "it", "'s", "well-fed", "12.5", "kg"]
