@@ -76,9 +76,9 @@ def _add_filters(group: Any) -> None:
 def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     """Runs `collect`."""
     from sg4v_jax.caption.collect.collection import open_collection
-    from sg4v_jax.caption.corpus import list_images
+    from sg4v_jax.caption.corpus.inputs import list_images
 
-    images = list_images(arguments.images, arguments.image_root)
+    images = list_images(arguments.images)
     folder = arguments.images if os.path.isdir(arguments.images) else os.path.dirname(arguments.images)
     root, settings = arguments.image_root or folder or ".", _settings(arguments)
     if bool(arguments.files) != (arguments.batch in ("read", "forget")):

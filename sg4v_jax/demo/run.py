@@ -21,7 +21,9 @@ import numpy as np
 import tqdm
 
 from sg4v_jax import config as config_lib
-from sg4v_jax.caption.corpus import caption_corpus, list_images
+from sg4v_jax.caption.corpus.inputs import open_corpus
+from sg4v_jax.caption.corpus.job import Settings, describe_model, prompt_for
+from sg4v_jax.caption.corpus.run import caption_corpus
 from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.convert.load import load_model, save_model
 from sg4v_jax.data import build
@@ -129,16 +131,21 @@ class Demo:
 
     def _recaption(self) -> None:
         captioner = self._engine("captioner")
-        report = caption_corpus(
-            captioner,
-            list_images(self.world.images_to_caption),
-            self.world.image_root,
-            self.workdir / "captions",
-            options=SamplingOptions(max_new_tokens=CAPTION_TOKENS),
-            batch_size=BATCH,
-            progress=_bar("captioning", "batches"),
-        )
-        self._build_dataset("recaptioned", report.records)
+        settings = Settings(SamplingOptions(max_new_tokens=CAPTION_TOKENS))
+        corpus = open_corpus(self.world.images_to_caption, self.world.image_root)
+        prompt, _ = prompt_for(settings, captioner.bundle.prompt)
+        bar = _bar("captioning", "images")(range(len(corpus)))
+        with bar:
+            summary = caption_corpus(
+                captioner,
+                corpus,
+                self.workdir / "captions",
+                settings,
+                prompt=prompt,
+                model=describe_model(captioner.bundle, dtype="float32"),
+                show=lambda progress: bar.update(progress.done - bar.n),
+            )
+        self._build_dataset("recaptioned", summary.records)
 
     # --- Training --------------------------------------------------------------------------------
 

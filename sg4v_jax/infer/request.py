@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Hashable
 
 from sg4v_jax.data.records import Turn
-from sg4v_jax.infer.sampling import SamplingOptions
+from sg4v_jax.infer.options import SamplingOptions
 
 # Why an answer ended (`Completion.stop`).
 END, STOP_STRING, LENGTH = "end", "stop_string", "length"

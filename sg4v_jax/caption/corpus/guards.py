@@ -1,0 +1,105 @@
+"""What can be wrong with a caption that a decoder wrote: loops, ends in mid-sentence, nothing at all."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sg4v_jax.infer.options import SamplingOptions
+from sg4v_jax.infer.request import Completion
+
+# In the order of how bad they are.
+FLAGS = ("empty", "repetition", "truncated")
+# The longest unit that is looked for, in tokens, and what counts as a loop: the unit this many times in a
+# row, and this many tokens of it. Fewer are "ha ha ha", or three rows of a table.
+_LONGEST_UNIT, _TIMES, _TOKENS = 96, 4, 12
+# A sentence of this many words said this many times is a loop with something in between.
+_SENTENCE_WORDS, _SENTENCE_TIMES = 4, 3
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
+_WHOLE_SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)\]*]*$")
+# Another number for each attempt, far from those of other images.
+_SEED_STEP = 0x9E3779B9
+
+
+@dataclasses.dataclass(frozen=True)
+class Guards:
+    """What to do about flagged captions.
+
+    Attributes:
+      retry: further attempts, each with the settings below and a seed of its own; the first without a flag
+        is taken, else the least bad one.
+      temperature: of these attempts, if higher than the first one's.
+      repetition_penalty: of attempts after a loop, if higher than the first one's.
+      max_new_tokens: of attempts after a truncated one, if more than the first one's.
+    """
+
+    retry: int = 0
+    temperature: float = 0.5
+    repetition_penalty: float = 1.2
+    max_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.retry < 0 or self.max_new_tokens < 0:
+            raise ValueError(
+                f"retry={self.retry} and its max_new_tokens={self.max_new_tokens} can't be negative"
+            )
+        self.options(SamplingOptions(), "repetition", 1, 0)  # Says what is out of range.
+
+    def deciding(self) -> dict[str, Any]:
+        """What the captions depend on."""
+        return dataclasses.asdict(self) if self.retry else {"retry": 0}
+
+    def options(self, first: SamplingOptions, flag: str, attempt: int, index: int) -> SamplingOptions:
+        """How to generate for an image.
+
+        Args:
+          first: the job's options.
+          flag: the worst of the last attempt's; "" for the first attempt.
+          attempt: from 0.
+          index: of the image in the corpus.
+        """
+        seed = (first.seed + index + attempt * _SEED_STEP) % 2**32
+        if not attempt:
+            return dataclasses.replace(first, seed=seed)
+        changes: dict[str, Any] = {"temperature": max(first.temperature, self.temperature)}
+        if changes["temperature"] > 0:
+            changes["num_beams"] = 1
+        if flag == "repetition":
+            changes["repetition_penalty"] = max(first.repetition_penalty, self.repetition_penalty)
+        if flag == "truncated":
+            changes["max_new_tokens"] = max(first.max_new_tokens, self.max_new_tokens)
+        return dataclasses.replace(first, seed=seed, **changes)
+
+
+def flags_of(completion: Completion) -> tuple[str, ...]:
+    """What is wrong with a caption, some of `FLAGS`; empty if nothing is."""
+    text = completion.text.strip()
+    found = {
+        "empty": not text,
+        "repetition": loops(completion.tokens) or _repeats_a_sentence(text),
+        "truncated": bool(text) and (not completion.finished or not _WHOLE_SENTENCE.search(text)),
+    }
+    return tuple(flag for flag in FLAGS if found[flag])
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether some unit of tokens comes again and again, anywhere: `_TIMES` in a row at least."""
+    ids = np.asarray(tokens)
+    for period in range(1, min(_LONGEST_UNIT, len(ids) // _TIMES) + 1):
+        # So many tokens in a row are what they were a period before.
+        needed = max(period * (_TIMES - 1), _TOKENS - period)
+        same = ids[period:] == ids[:-period]
+        if same.sum() >= needed:
+            breaks = np.flatnonzero(np.concatenate([[True], ~same, [True]]))
+            if np.diff(breaks).max() > needed:
+                return True
+    return False
+
+
+def _repeats_a_sentence(text: str) -> bool:
+    sentences = (" ".join(sentence.lower().split()) for sentence in _SENTENCE_END.split(text))
+    counts = Counter(sentence for sentence in sentences if len(sentence.split()) >= _SENTENCE_WORDS)
+    return any(count >= _SENTENCE_TIMES for count in counts.values())
