@@ -47,11 +47,11 @@ def add_sampling(parser: Any, max_new_tokens: int | None, *, needs_model: bool =
 
 
 def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(engine, sampling options) that the flags of `add_sampling` ask for."""
+    """(engine, sampling options) that the flags of `add_sampling` ask for; each process has its own."""
     from sg4v_jax.convert.load import load_model
     from sg4v_jax.infer.engine import Engine
     from sg4v_jax.infer.sampling import SamplingOptions
-    from sg4v_jax.parallel.mesh import make_mesh
+    from sg4v_jax.parallel.shares import local_mesh
 
     options = SamplingOptions(
         max_new_tokens=arguments.max_new_tokens,
@@ -61,4 +61,4 @@ def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
         repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
     )
-    return Engine(load_model(arguments.model), make_mesh(), arguments.dtype), options
+    return Engine(load_model(arguments.model), local_mesh(), arguments.dtype), options
