@@ -64,7 +64,7 @@ def run_processes(
         f"for argv in json.loads({json.dumps(json.dumps(commands))}):\n    main(argv)"
     )
     base = {name: value for name, value in os.environ.items() if not name.startswith("SG4V_")}
-    base |= {"PYTHONPATH": os.fspath(REPOSITORY), "JAX_PLATFORMS": "cpu", "SG4V_JOIN_TIMEOUT": "120"}
+    base |= {"PYTHONPATH": os.fspath(REPOSITORY), "JAX_PLATFORMS": "cpu", "SG4V_JOIN_TIMEOUT": "600"}
     base |= {"JAX_NUM_CPU_DEVICES": str(devices), "SG4V_NUM_PROCESSES": str(count)} | environment
     base["SG4V_COORDINATOR"] = f"localhost:{free_port()}"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
