@@ -145,7 +145,8 @@ def base(size: str) -> ConfigDict:
     # The newest `keep` are kept, and for good those of steps that divide by `keep_every` (0: none). A save
     # that would have to wait `max_wait` seconds for the one before it is left out.
     config.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0, "max_wait": 60.0})
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    # slices=-1: as many TPU slices as there are (docs/pod.md).
+    config.mesh = ConfigDict({"slices": -1, "data": 1, "fsdp": -1, "tensor": 1})
     if size == "tiny":
         _shrink(config)
     return config

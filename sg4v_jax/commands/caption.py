@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sg4v_jax.commands.common import add_command, add_sampling, load_engine
+from sg4v_jax.commands.processes import add_processes, join
 
 
 def add(commands: Any) -> None:
@@ -40,6 +41,7 @@ def add(commands: Any) -> None:
         default=120.0,
         help="silence after which other machines take over what a process was at",
     )
+    add_processes(parser)
 
 
 def _add_guards(group: Any) -> None:
@@ -65,13 +67,16 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     from sg4v_jax.caption.corpus.inputs import open_corpus
     from sg4v_jax.caption.corpus.job import describe_model, prompt_for
     from sg4v_jax.caption.corpus.run import caption_corpus
+    from sg4v_jax.parallel import shares
 
     corpus = open_corpus(arguments.images, arguments.image_root, arguments.input_format)
     settings_with = _settings(arguments)
+    is_main = join(arguments)
     engine, options = load_engine(arguments)
     settings = settings_with(options)
     prompt, origin = prompt_for(settings, engine.bundle.prompt)
-    print(f"{len(corpus):,} images of {corpus.source}\nprompt: {prompt!r} ({origin})", file=sys.stderr)
+    if is_main:
+        print(f"{len(corpus):,} images of {corpus.source}\nprompt: {prompt!r} ({origin})", file=sys.stderr)
     # Ends in order, so that other machines need not wait until the leases run out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # How the engine computes, as far as captions may depend on it.
@@ -83,9 +88,11 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         settings,
         prompt=prompt,
         model=describe_model(engine.bundle, **computed),
-        show=_shown(60.0),
+        show=_shown(60.0) if is_main else lambda _: None,
     )
-    print(summary)
+    shares.wait("captioned")  # Who ends early would take the others for dead.
+    if is_main:
+        print(summary)
 
 
 def _settings(arguments: argparse.Namespace) -> Any:

@@ -1,10 +1,12 @@
 """`sg4v eval`."""
 
 import argparse
+import functools
 import os
 from typing import Any
 
 from sg4v_jax.commands.common import add_command, add_sampling, load_engine, progress_bar
+from sg4v_jax.commands.processes import add_processes, join
 
 _ANSWER_TOKENS = 128
 _GREEDY = {
@@ -41,7 +43,9 @@ def add(commands: Any) -> None:
     group.add_argument("--template", default="", help="default: as published for each benchmark")
     group.add_argument("--aspect", default="", help="pad or square; default: as published")
     group.add_argument("--limit", type=int, default=0, help="the first so many questions of each; 0 is all")
-    group.add_argument("--shard", default="0/1", help="0/4 to 3/4 share the work of one output among four")
+    group.add_argument(
+        "--shard", help="0/4 to 3/4 share the work of one output among four; default: this process's"
+    )
     group.add_argument("--judge", help="model that judges open answers (LLaVA-Bench, MM-Vet)")
     group.add_argument("--judge-endpoint", default="https://api.openai.com/v1", help="OpenAI-compatible")
     group.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="variable that holds the key")
@@ -50,6 +54,7 @@ def add(commands: Any) -> None:
     group = parser.add_argument_group("a file of questions")
     group.add_argument("--images", help="folder that `image` is relative to")
     group.add_argument("--truth", help="JSONL with question_id, answer and optionally category")
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
@@ -89,20 +94,30 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
         limit=arguments.limit,
         precision=f"{arguments.dtype}, {arguments.weights} weights, {arguments.kv} keys and values",
     )
-    shard = _shard(arguments.shard)
+    from sg4v_jax.parallel import shares
+
+    shard = _shard(arguments.shard) if arguments.shard else None
+    is_main = join(arguments)
     # Before the model is loaded: files may be missing.
     loaded = {benchmark.name: benchmark.load(arguments.data) for benchmark in benchmarks}
     engine, scores = _LazyEngine(arguments), {}
+    run = functools.partial(
+        run_benchmark, engine=engine, output=arguments.output, model=_model_name(arguments), choices=choices
+    )
+    together = shard is None and shares.mine()[1] > 1
+    if together:
+        for benchmark in benchmarks:
+            bar = progress_bar(f"{benchmark.name} answers") if is_main else iter
+            run(benchmark, loaded=loaded[benchmark.name], shard=shares.mine(), scored=False, progress=bar)
+        shares.wait("answered")
+        if not is_main:
+            return
     for benchmark in benchmarks:
         judge = _judge(arguments, benchmark.name) if benchmark.judged and arguments.judge else None
-        report = run_benchmark(
+        report = run(
             benchmark,
-            engine,
-            loaded[benchmark.name],
-            arguments.output,
-            model=_model_name(arguments),
-            choices=choices,
-            shard=shard,
+            loaded=loaded[benchmark.name],
+            shard=None if together else shard or (0, 1),
             judge=judge,
             progress=progress_bar(f"{benchmark.name} answers"),
         )
@@ -133,6 +148,7 @@ def _questions(arguments: argparse.Namespace) -> None:
     _require(arguments, "images", "model", "output")
     arguments.max_new_tokens = arguments.max_new_tokens or _ANSWER_TOKENS
     questions = read_jsonl(arguments.questions, ("question_id", "text"))
+    is_main = join(arguments)
     engine, options = load_engine(arguments)
     answer_questions(
         engine,
@@ -141,8 +157,10 @@ def _questions(arguments: argparse.Namespace) -> None:
         arguments.output,
         options=options,
         model_id=_model_name(arguments),
-        progress=progress_bar("answers"),
+        progress=progress_bar("answers") if is_main else iter,
     )
+    if not is_main:
+        return
     print(f"{arguments.output}: {len(questions)} answers")
     if arguments.truth:
         print(score_file(arguments.output, arguments.truth).table())

@@ -11,6 +11,7 @@ from sg4v_jax.data.records import IMAGE_PLACEHOLDER, Turn, resolve_image
 from sg4v_jax.infer.engine import Engine
 from sg4v_jax.infer.request import Prompt, Request
 from sg4v_jax.infer.sampling import SamplingOptions
+from sg4v_jax.parallel import shares
 
 
 def read_jsonl(path: str | os.PathLike[str], keys: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -47,6 +48,8 @@ def answer_questions(
 ) -> list[str]:
     """Answers every question and writes the lines that the official scorers read (spec 7).
 
+    Of several processes, each answers its share, and the first writes the file.
+
     Args:
       engine: the model.
       questions: lines with `question_id`, `text` and, unless text-only, `image`.
@@ -59,12 +62,17 @@ def answer_questions(
     Returns:
       The answers, in the order of the questions.
     """
-    answers = [""] * len(questions)
-    requests = (Request(i, _prompt(question, image_root), options) for i, question in enumerate(questions))
+    index, count = shares.mine()
+    own = questions[index::count]
+    texts = [""] * len(own)
+    requests = (Request(i, _prompt(question, image_root), options) for i, question in enumerate(own))
     for result in progress(engine.complete(requests)):
         if result.completion is None:
-            raise ValueError(f"question {questions[result.key]['question_id']}: {result.error}")
-        answers[result.key] = result.completion.text
+            raise ValueError(f"question {own[result.key]['question_id']}: {result.error}")
+        texts[result.key] = result.completion.text
+    answers = shares.interleave(shares.gather("answers", texts)) if count > 1 else texts
+    if index > 0:
+        return answers
     lines = [
         {
             "question_id": question["question_id"],

@@ -37,7 +37,7 @@ class Report:
       folder: where everything is.
       asked: samples asked in this call.
       missing: samples that other shards still have to answer; no scores before that.
-      scores: what `scores.json` holds; empty while samples are missing.
+      scores: what `scores.json` holds; empty while samples are missing, or not `scored`.
     """
 
     settings: Settings
@@ -55,8 +55,9 @@ def run_benchmark(
     *,
     model: str,
     choices: Choices | None = None,
-    shard: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] | None = (0, 1),
     judge: Judge | None = None,
+    scored: bool = True,
     progress: Progress = iter,
 ) -> Report:
     """Runs a benchmark, or goes on with it; scores it when every sample has an answer or an error.
@@ -68,8 +69,9 @@ def run_benchmark(
       output: directory of the run; the benchmark gets a folder in it.
       model: the model's name, for the records.
       choices: what is not to be as published.
-      shard: (index, count), for several processes with the same output.
+      shard: (index, count), for several processes with the same output; None asks nothing more.
       judge: who judges open answers; None leaves them without a score.
+      scored: False leaves scoring to another call, when all processes have answered.
       progress: wraps the iteration over answers.
 
     Raises:
@@ -80,10 +82,12 @@ def run_benchmark(
     settings = choices.settings(benchmark, model, samples)
     folder = pathlib.Path(output) / benchmark.name
     settings.claim(folder)
-    asked = answer_samples(engine, loaded, samples, settings, folder, shard=shard, progress=progress)
+    asked = 0
+    if shard:
+        asked = answer_samples(engine, loaded, samples, settings, folder, shard=shard, progress=progress)
     entries = read_answers(folder)
     missing = sum(sample.id not in entries for sample in samples)
-    if missing:
+    if missing or not scored:
         return Report(settings, folder, asked, missing, {})
     scores = score(benchmark, loaded, samples, entries, settings, folder, judge)
     return Report(settings, folder, asked, 0, scores)

@@ -19,6 +19,7 @@ from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.parallel.placement import param_shardings
+from sg4v_jax.parallel.rules import ways
 from sg4v_jax.train import groups
 from sg4v_jax.train.checkpoint import Checkpointer, Resharded
 from sg4v_jax.train.initial import initial_params, with_dtypes
@@ -52,8 +53,18 @@ class Setup:
 
 
 def set_up(config: ConfigDict, model: ModelConfig, mesh: jax.sharding.Mesh, num_steps: int) -> Setup:
-    """Works out shapes and shardings of everything that a run of `config` keeps on devices."""
+    """Works out shapes and shardings of everything that a run of `config` keeps on devices.
+
+    Raises:
+      ValueError: the rows of a batch don't divide among the devices.
+    """
     optim = config.optim
+    rows, parts, accumulate = config.data.batch_size, ways("batch", mesh), config.train.accumulate
+    if rows % (parts * accumulate):
+        raise ValueError(
+            f"config.data.batch_size={rows} rows don't divide by {parts} (mesh slices x data x fsdp) times "
+            f"config.train.accumulate={accumulate}; change the batch, or use more of mesh.tensor"
+        )
     graphdef, shapes, axes = abstract_model(model)
     shapes = with_dtypes(shapes, optim.groups, jnp.dtype(config.train.compute_dtype))
     shardings = param_shardings(shapes, axes, mesh)

@@ -8,7 +8,11 @@ import subprocess
 import sys
 import threading
 
+import jax
 import pytest
+
+from sg4v_jax.__main__ import main
+from sg4v_jax.parallel import distributed
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SCRIPT = """
@@ -84,3 +88,54 @@ def test_by_variables_and_alone() -> None:
     given = {"SG4V_COORDINATOR": f"localhost:{free_port()}", "SG4V_NUM_PROCESSES": "2"}
     pair = [given | {"SG4V_PROCESS_ID": str(index)} for index in (0, 1)]
     assert run([*pair, {}]) == ["0 2 True", "1 2 True", "0 1 False"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"SG4V_COORDINATOR": "host:1"}, r"--coordinator=host:1 without --num-processes .* and --process-id"),
+        ({"SG4V_PROCESS_ID": "0", "SG4V_NUM_PROCESSES": "2"}, r"without --coordinator \(or \$SG4V_COORD"),
+        ({"SG4V_COORDINATOR": "host", "SG4V_PROCESS_ID": "0", "SG4V_NUM_PROCESSES": "1"}, "HOST:PORT"),
+        (
+            {"SG4V_COORDINATOR": "h:1", "SG4V_PROCESS_ID": "2", "SG4V_NUM_PROCESSES": "2"},
+            "from 0 to one less",
+        ),
+        ({"SG4V_COORDINATOR": "h:1", "SG4V_PROCESS_ID": "x", "SG4V_NUM_PROCESSES": "2"}, "--process-id=x of"),
+    ],
+)
+def test_values_that_make_no_sense(
+    given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in distributed.FLAGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize()
+    assert not jax.distributed.is_initialized()
+
+
+def test_flags_come_before_variables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A half-set job must not train as one of its own, in the same directory as all the others."""
+    for name, value in zip(distributed.FLAGS, ("host", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(
+            ["eval", "--model=m", "--questions=/dev/null", "--images=i", "--output=o", "--coordinator=other"]
+        )
+    assert "--coordinator=other: expected HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_others_that_never_come(index: int) -> None:
+    """JAX alone would end with a stack trace of C++."""
+    call = f"distributed.initialize('localhost:{free_port()}', 2, {index}, 1.0)"
+    script = f"from sg4v_jax.parallel import distributed; {call}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.fspath(REPOSITORY), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "TimeoutError: the processes of this job did not all come together at localhost" in done.stderr
+    assert f"(process {index} of 2) within 1 s" in done.stderr and "Check failure" not in done.stderr

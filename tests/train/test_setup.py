@@ -3,13 +3,15 @@
 import pathlib
 import re
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from sg4v_jax import config as configs
 from sg4v_jax.data.mixture import Replacement, Source
 from sg4v_jax.models.config import ModelConfig
-from sg4v_jax.train.setup import loader_config
+from sg4v_jax.parallel.mesh import make_mesh
+from sg4v_jax.train.setup import loader_config, set_up
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs/input.md"
 DIRECTORY = "data.sources.sft_mix.directory"
@@ -92,3 +94,14 @@ def test_the_mixture_of_the_docs(tmp_path: pathlib.Path) -> None:
 )
 def test_which_questions_ask_for_a_caption(question: str, caption: bool) -> None:
     assert bool(re.search(load().data.replace.question, question)) == caption
+
+
+@pytest.mark.parametrize(("rows", "accumulate"), [(3, 2), (4, 8)])
+def test_rows_that_do_not_divide(rows: int, accumulate: int) -> None:
+    """Before anything is allocated, and not by replicating the rows."""
+    config = load(**{"data.batch_size": rows, "train.accumulate": accumulate})
+    model = ModelConfig.from_dict(config.model.to_dict())
+    with pytest.raises(
+        ValueError, match=rf"batch_size={rows} rows don't divide by 1 .*accumulate={accumulate}"
+    ):
+        set_up(config, model, make_mesh(devices=jax.devices()[:1]), 10)

@@ -1,0 +1,166 @@
+"""Jobs of several real processes (virtual CPU devices, gloo): the same loss, checkpoints and files as one.
+
+A notice of preemption to one of two processes is in tests/launch/test_story.py.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from sg4v_jax.__main__ import main
+from sg4v_jax.convert.orbax import CHECKPOINTS
+from sg4v_jax.parallel.shares import interleave
+from sg4v_jax.train import metrics
+from sg4v_jax.world import WorldFiles
+from tests.conftest import TinyWorld
+from tests.parallel.test_distributed import free_port
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+STEPS, RESUMED_AT = 4, 2
+# As small as it goes. One sample a row: packed, each reader packs its own, and rows are others for another
+# number of readers.
+CONFIG = {
+    **{f"model.{part}.{name}": value for part in ("vision", "text") for name, value in {
+        "hidden_size": 16, "intermediate_size": 16, "num_layers": 3, "num_heads": 2}.items()},
+    "model.text.num_kv_heads": 1,
+    "model.vision.image_size": 24,
+    "model.vision.patch_size": 12,
+    "model.vision.tuned_from": 1,
+    "data.packing": False,
+    "data.seq_len": 96,
+    "data.image_slots": 1,
+    "data.batch_size": 4,
+    "data.num_threads": 1,
+    "train.num_steps": STEPS,
+    "train.log_every": 1,
+    "train.loss_chunk": 64,
+    "checkpoint.every": RESUMED_AT,
+    "checkpoint.keep": STEPS,
+}  # fmt: skip
+
+
+def train_argv(world: TinyWorld, workdir: pathlib.Path, **mesh: int) -> list[str]:
+    data = {"data.tokenizer": world.tokenizer, "data.sources.share_captioner.directory": world.captions}
+    fields = CONFIG | data | {f"mesh.{axis}": size for axis, size in mesh.items()}
+    overrides = [f"--config.{field}={value}" for field, value in fields.items()]
+    return ["train", "--config=configs/pretrain.py:tiny", f"--workdir={workdir}", *overrides]
+
+
+def run_processes(
+    commands: Sequence[list[str]], count: int, devices: int, **environment: str
+) -> list[tuple[str, str]]:
+    """Runs `sg4v` commands one after the other in each of `count` processes; (stdout, stderr) of each."""
+    script = (
+        f"import json\nfrom sg4v_jax.__main__ import main\n"
+        f"for argv in json.loads({json.dumps(json.dumps(commands))}):\n    main(argv)"
+    )
+    base = {name: value for name, value in os.environ.items() if not name.startswith("SG4V_")}
+    base |= {"PYTHONPATH": os.fspath(REPOSITORY), "JAX_PLATFORMS": "cpu", "SG4V_JOIN_TIMEOUT": "600"}
+    base |= {"JAX_NUM_CPU_DEVICES": str(devices), "SG4V_NUM_PROCESSES": str(count)} | environment
+    base["SG4V_COORDINATOR"] = f"localhost:{free_port()}"
+    with contextlib.ExitStack() as stack:
+        # Not pipes: all of them write, and one is read after the other.
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        running, said = [], []
+        for index in range(count):
+            own = base | {"SG4V_PROCESS_ID": str(index)}
+            files = [stack.enter_context((folder / f"{index}.{name}").open("w+")) for name in ("out", "err")]
+            command = [sys.executable, "-c", script]
+            process = subprocess.Popen(command, env=own, cwd=REPOSITORY, stdout=files[0], stderr=files[1])
+            stack.callback(process.kill)
+            running.append(process)
+        codes = [process.wait() for process in running]
+        for index in range(count):
+            out, err = ((folder / f"{index}.{name}").read_text() for name in ("out", "err"))
+            lines = out.splitlines(keepends=True)
+            said.append(("".join(line for line in lines if not line.startswith("[Gloo]")), err))
+    assert codes == [0] * count, "\n".join(err[-2000:] for _, err in said)
+    return said
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    lines = metrics.read(workdir / metrics.FILE_NAME)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run of this process, on one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    main(train_argv(tiny_world, workdir))
+    return workdir
+
+
+@pytest.mark.slow
+def test_training(alone: pathlib.Path, tiny_world: TinyWorld, tmp_path: pathlib.Path) -> None:
+    """Four processes, of which two each hold the same rows; from the middle two go on, on another mesh."""
+    four, two = tmp_path / "four", tmp_path / "two"
+    said = run_processes([train_argv(tiny_world, four, fsdp=2, tensor=2)], 4, 1, JAX_LOG_COMPILES="1")
+    np.testing.assert_allclose(losses(four), losses(alone), rtol=1e-5)
+    assert f"{four}: done, loss" in said[0][0] and "trainable and" in said[0][1]
+    # The others write nothing, and of what they do they say nothing.
+    assert [out for out, _ in said[1:]] == [""] * 3
+    assert not any("trainable and" in err or "used" in err for _, err in said[1:])
+    for _, err in said:
+        assert err.count("Finished XLA compilation of jit(train_step)") == 1
+
+    shutil.copytree(four, two)
+    shutil.rmtree(two / CHECKPOINTS / str(STEPS))
+    said = run_processes([train_argv(tiny_world, two, fsdp=4)], 2, 2)
+    assert f"resuming at step {RESUMED_AT}" in said[0][1]
+    np.testing.assert_allclose(losses(two), losses(alone), rtol=1e-5)
+    assert losses(two)[:RESUMED_AT] == losses(four)[:RESUMED_AT]
+
+
+@pytest.mark.slow
+def test_evaluating_and_captioning(
+    alone: pathlib.Path, tiny_world: TinyWorld, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each process works on its own devices on its share; the files are those of one process."""
+    files = WorldFiles.below(tiny_world.directory)
+    questions = files.heldout_questions.read_text().splitlines(keepends=True)[:5]
+    (tmp_path / "questions.jsonl").write_text("".join(questions))
+    images = sorted(p.relative_to(files.image_root) for p in files.image_root.glob("photos/*.jpg"))
+    (tmp_path / "images.json").write_text(json.dumps([os.fspath(path) for path in images]))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/world").symlink_to(tiny_world.directory)
+    model = [f"--model={alone}", "--dtype=float32", "--max-new-tokens=6"]
+
+    def commands(output: pathlib.Path) -> list[list[str]]:
+        ask = [f"--questions={tmp_path}/questions.jsonl", f"--images={files.image_root}"]
+        listed = [f"--images={tmp_path}/images.json", f"--image-root={files.image_root}", "--shard-size=1"]
+        return [
+            ["eval", *model, *ask, f"--output={output}/answers.jsonl", f"--truth={files.heldout_answers}"],
+            ["eval", *model, "--benchmarks=world", f"--data={tmp_path}/data", "--limit=5",
+             f"--output={output}/scores"],
+            ["caption", *model, *listed, f"--output={output}/captions"],
+        ]  # fmt: skip
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    for argv in commands(one):
+        main(argv)
+    expected = capsys.readouterr().out
+    (first, second) = run_processes(commands(two), 2, 2)
+    assert second[0] == ""
+    same = [line for line in expected.splitlines() if str(one) not in line]
+    assert len(same) > 3 and set(same) <= set(first[0].splitlines())
+    for name in ("answers.jsonl", "scores/world/samples.jsonl", "captions/captions.json"):
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    journals = sorted((two / "scores/world").glob("answers-*.jsonl"))
+    assert [len(path.read_text().splitlines()) for path in journals] == [3, 2]
+
+
+def test_interleave() -> None:
+    items = list(range(7))
+    for count in (1, 2, 3, 8):
+        assert interleave([items[i::count] for i in range(count)]) == items
