@@ -36,8 +36,8 @@ CORE = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
-    "serve": ["fastapi>=0.110", "uvicorn>=0.30"],
-    "openai": ["openai>=1.60"],
+    # To build a dataset on many machines.
+    "beam": ["apache-beam>=2.60,<3"],
     # What the tests compare against; none of it is needed to run the library.
     "test": [
         "pytest>=8",

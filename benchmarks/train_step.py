@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +29,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from sg4v_jax import config as config_lib
 from sg4v_jax.convert.huggingface import write_config
 from sg4v_jax.convert.params import to_params
-from sg4v_jax.data.batch import Batch, from_packed, to_devices
+from sg4v_jax.data.batch import Batch, from_rows, to_devices
 from sg4v_jax.data.conversation import training_texts
 from sg4v_jax.data.packing import pack
 from sg4v_jax.data.records import parse_record, read_records
@@ -44,9 +43,9 @@ from sg4v_jax.train.optimizer import make_optimizer
 from sg4v_jax.train.step import make_train_step
 from sg4v_jax.world import write_world
 
-# The demo's rows: their length, the images and the packer's open rows.
+# The demo's rows: their length, the images and the packer's window.
 DEMO = common.base("tiny").data
-ROW, SLOTS, BINS = DEMO.seq_len, DEMO.image_slots, DEMO.packing_bins
+ROW, SLOTS, WINDOW = DEMO.seq_len, DEMO.image_slots, DEMO.packing_window
 LEARNING_RATE, B1, B2, EPS, CLIP_NORM = 1e-3, 0.9, 0.99, 1e-8, 1.0
 GROUPS = ((common.ABOVE_BLOCKS, None), (".*", 1.0))
 # Losses of the first steps, whose updates differ by the order of float32 sums.
@@ -148,19 +147,14 @@ def make_rows(samples: Sequence[Sample], positions: int, *, packing: bool) -> Ro
     """A batch of about `positions` positions; without packing, rows are as long as the longest sample."""
     longest = max(len(sample["tokens"]) for sample in samples)
     length = ROW if packing else -(-longest // 8) * 8
-    packed = pack(
-        grain.MapDataset.source(samples).to_iter_dataset(grain.ReadOptions(num_threads=0)),
-        length=length,
-        image_slots=SLOTS if packing else 1,
-        bins=BINS,
-        max_samples=None if packing else 1,
-    )
-    rows = list(packed)
+    size = lambda sample: (len(sample["tokens"]), len(sample["images"]))  # noqa: E731
+    slots, window = (SLOTS, WINDOW) if packing else (1, 1)
+    rows = list(pack(samples, size, length=length, image_slots=slots, window=window))
     count = max(1, positions // length)
     # The packer's last rows are what was left as the samples ran out; a long run hardly sees any.
-    typical = (rows[:-BINS] if packing else rows) or rows
-    useful = statistics.mean(float((row["tokens_segment_ids"] > 0).sum()) for row in typical)
-    batch = from_packed({name: np.stack([row[name] for row in rows[:count]]) for name in rows[0]})
+    typical = (rows[:-WINDOW] if packing else rows) or rows
+    useful = statistics.mean(sum(len(sample["tokens"]) for sample in row) for row in typical)
+    batch = from_rows(rows[:count], length, slots)
     return Rows(batch, useful * count)
 
 

@@ -18,7 +18,9 @@ def get_config(size: str = "7b") -> ConfigDict:
     if size == "tiny":
         config.optim.groups = ((common.ABOVE_BLOCKS, None), (".*", 1.0))
     else:
-        config.data.batch_size = 256
+        # Brief captions: four samples of 593 tokens.
+        config.data.seq_len = 2432
+        config.data.batch_size = 64
         config.optim.learning_rate = 1e-3
         config.model.vision.tuned_from = config.model.vision.num_layers - 1
         config.optim.groups = (("projector/.*", 1.0), (".*", None))

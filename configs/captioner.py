@@ -23,6 +23,7 @@ def get_config(size: str = "7b") -> ConfigDict:
         config.data.template = "plain"
         config.data.prompt = ""
     else:
+        config.data.seq_len = 3456
         config.model.vision.tuned_from = 12
         config.optim.groups = ((common.BELOW_BLOCKS, None), (common.ABOVE_BLOCKS, None), (".*", 1.0))
     return config

@@ -4,7 +4,7 @@
 Everything else is a plain field, overridden by `--config.section.field=value`.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 # CLIP ViT-L/14-336, Vicuna-7B/13B-v1.5; `tiny` learns the embedded world on two CPU cores.
 VISION = {
@@ -56,6 +56,13 @@ TEXT = {
 
 SIZES = tuple(TEXT)
 
+# What LLaVA's instructions ask for when they want an image described (spec 1.6: the detail_23k part).
+CAPTION_QUESTION = (
+    r"(?i)\b(describe|descripti(on|ve)|depiction|portray|narrate|characterize|rundown|clarify|break down|"
+    r"walk through|explain the various aspects|explanation of the image|in (a )?(detail|comprehensive)|"
+    r"thorough analysis|share its details)"
+)
+
 # The tower's parts below block k, and those above the selected layer, which are never computed.
 BELOW_BLOCKS = "vision/(frozen|patch_embedding|class_embedding|position_embedding|pre_norm)(/.*)?"
 ABOVE_BLOCKS = "vision/(unused|post_norm)/.*"
@@ -85,13 +92,23 @@ def base(size: str) -> ConfigDict:
     config.data.template = "v1"
     config.data.prompt = ""
     config.data.aspect = "pad"
-    # Counted after image expansion; the original cuts the text at 2048 before it.
-    config.data.seq_len = 2048
-    config.data.image_slots = 3
-    config.data.batch_size = 128
+    # Four samples a row fill it to 98 % (benchmarks/packing.py; docs/input.md says how to choose).
+    config.data.seq_len = 3584
+    config.data.image_slots = 4
+    # The longest sample and what happens to longer ones: `cut` counts after images are expanded,
+    # `cut_text` before, as the original does, `drop` leaves them out.
+    config.data.max_tokens = _optional(int, 2048)
+    config.data.too_long = "cut"
+    config.data.batch_size = 32  # rows
     config.data.packing = True
-    config.data.packing_bins = 64
+    config.data.packing_window = 128
     config.data.num_threads = 16
+    config.data.num_workers = 0
+    config.data.prefetch = 2
+    # `share` of the caption records of `source` are replaced by those of `directory` with the same image.
+    config.data.replace = ConfigDict(
+        {"source": "", "directory": config_dict.placeholder(str), "share": 0.0, "question": CAPTION_QUESTION}
+    )
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 2e-5
@@ -123,19 +140,30 @@ def base(size: str) -> ConfigDict:
     return config
 
 
-def add_source(config: ConfigDict, name: str, weight: float = 0.0) -> None:
-    """Adds a dataset to the mixture; weight 0 means its number of records."""
-    source = ConfigDict({"directory": config_dict.placeholder(str), "weight": weight})
+def add_source(config: ConfigDict, name: str, weight: float = 0.0, epochs: float = 0.0) -> None:
+    """Adds a dataset to the mixture: each record once per epoch, or by weight, or `epochs` times.
+
+    Template, prompt and aspect are those of `config.data` unless set for the source.
+    """
+    source = ConfigDict({"directory": config_dict.placeholder(str), "weight": weight, "epochs": epochs})
+    for field in ("template", "prompt", "aspect"):
+        source[field] = config_dict.placeholder(str)
     config.data.sources[name] = source
+
+
+def _optional(kind: type, value: object) -> object:
+    """A field that has a value and may also be None."""
+    return FieldReference(value, field_type=kind)
 
 
 def _shrink(config: ConfigDict) -> None:
     """What a model of a million parameters, trained from scratch on a CPU, wants instead."""
     # Four captioned images a row.
     config.data.seq_len = 256
+    config.data.max_tokens = None
     config.data.image_slots = 4
     config.data.batch_size = 4
-    config.data.packing_bins = 16
+    config.data.packing_window = 32
     config.data.num_threads = 2
     config.optim.learning_rate = 2e-3
     config.optim.warmup_ratio = 0.05

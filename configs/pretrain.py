@@ -14,7 +14,9 @@ def get_config(size: str = "7b") -> ConfigDict:
     if size == "tiny":
         config.optim.learning_rate = 5e-4
     else:
-        config.data.batch_size = 256
+        # 576 + 144 words, four times; so a batch has the paper's 256 samples.
+        config.data.seq_len = 3072
+        config.data.batch_size = 64
     # Half of the tower's blocks, as in the paper's ablation.
     config.model.vision.tuned_from = config.model.vision.num_layers // 2
     config.optim.groups = (

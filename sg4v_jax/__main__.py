@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sg4v_jax.commands import caption, chat, convert, data, demo, evaluate, train
+from sg4v_jax.commands import caption, chat, collect, convert, data, demo, evaluate, train
 from sg4v_jax.commands.common import HelpFormatter
 
 DESCRIPTION = """\
@@ -13,7 +13,10 @@ ShareGPT4V on JAX: better captions make better multimodal models.
 
 the loop:
   sg4v demo                   everything below, small, on a world that ships with the library
+  sg4v collect                dense captions from GPT4-Vision, to train a captioner on
+  sg4v data check             what is wrong with a data file and its images
   sg4v data build             LLaVA-format JSON + images -> a dataset
+  sg4v data show              a packed batch as a person would want to see it
   sg4v train                  a captioner, pre-training, SFT: one --config each
   sg4v caption                a corpus of images -> captions, restartable
   sg4v chat                   talk about an image
@@ -30,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, config_argv = split_config(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("sg4v", description=DESCRIPTION, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, data, train, caption, chat, evaluate, convert):
+    for module in (demo, data, collect, train, caption, chat, evaluate, convert):
         module.add(commands)
     arguments = parser.parse_args(own)
-    if config_argv and arguments.command != "train":
-        parser.error(f"{arguments.command} takes no --config")
+    if config_argv and not arguments.takes_config:
+        parser.error(f"{_name(arguments)} takes no --config")
     _quiet()
     try:
         arguments.run(arguments, config_argv)
@@ -42,8 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Errors of this library name the file, record or key and the fix; a traceback adds nothing.
         if arguments.debug:
             raise
-        print(f"sg4v {arguments.command}: error: {error}", file=sys.stderr)
+        print(f"sg4v {_name(arguments)}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    """As it was typed: `train`, `data build`."""
+    return " ".join(filter(None, [arguments.command, getattr(arguments, "action", None)]))
 
 
 def _quiet() -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,8 +21,11 @@ from sg4v_jax.world import load_photos
 COMMANDS = [
     ["demo"],
     ["data", "build"],
+    ["data", "check"],
     ["data", "tokenizer"],
     ["data", "world"],
+    ["data", "show"],
+    ["collect"],
     ["train"],
     ["caption"],
     ["chat"],
@@ -108,6 +112,9 @@ TRAIN = ["train", "--workdir=w", "--config=configs/captioner.py:tiny"]
         ([], "COMMAND"),
         (["data", "bild"], "invalid choice: 'bild'"),
         (["chat", "--model", "m", "--config=x"], "chat takes no --config"),
+        (["data", "world", "--output=o", "--config=x"], "data world takes no --config"),
+        (["data", "show"], "which config? Give --config=configs/NAME.py"),
+        (["data", "show", "--batch=-1", "--config=configs/captioner.py:tiny"], "--batch counts from 0"),
         (["train", "--workdir=w"], "which config? Give --config=configs/NAME.py"),
         (["train", "--workdir=w", "--config=configs/captoner.py"], "did you mean configs/captioner.py?"),
         (["train", "--workdir=w", "--config=configs/captioner.py:9b"], "size '9b' is not one of"),
@@ -121,6 +128,8 @@ TRAIN = ["train", "--workdir=w", "--config=configs/captioner.py:tiny"]
         (["caption", "--model=m", "--images=none.json", "--output=o"], "none.json"),
         (["convert", "--model=none", "--output=o"], "none is no model"),
         (["data", "build", "--name=x", "--json=none.json", "--images=.", "--output=o"], "none.json"),
+        (["data", "check", "--json=none.json", "--images=."], "none.json"),
+        (["data", "build", "--name=x", "--images=.", "--output=o", "--max-bad=1%"], "goes with bad_records"),
         (["data", "tokenizer", "--json", "none.json", "--vocab-size=400", "--output=o"], "none.json"),
         (["data", "world", "--output=o", "--train=0"], "0 training"),
     ],
@@ -183,12 +192,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     main(["data", "tokenizer", "--json", captions, f"--vocab-size={VOCAB}", "--output", tokenizer])
     images = ["--images", made / "world/images", "--output", made / "datasets"]
     main(["data", "build", "--name=caps", "--json", captions, *images])
-    data = [
-        f"--config.data.tokenizer={tokenizer}",
+    main(["train", "--workdir", made / "run", "--config=configs/captioner.py:tiny", *SMALL, *sources(made)])
+    return made
+
+
+def sources(made: Made) -> list[str]:
+    """What a config wants to know of the data."""
+    return [
+        f"--config.data.tokenizer={made / 'tokenizer.model'}",
         f"--config.data.sources.cap_dense.directory={made / 'datasets/llava/caps/1.0.0'}",
     ]
-    main(["train", "--workdir", made / "run", "--config=configs/captioner.py:tiny", *SMALL, *data])
-    return made
 
 
 @pytest.fixture
@@ -201,6 +214,17 @@ def run(made: Made, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return call
+
+
+@pytest.mark.slow
+def test_data_show(made: Made, run: Callable[..., str], tmp_path: pathlib.Path) -> None:
+    argv = ["data", "show", "--config=configs/captioner.py:tiny", *SMALL, *sources(made)]
+    shown = run(*argv, "--rows=1")
+    assert "row 0: " in shown and "row 1: " not in shown and "[image in slot 0]" in shown
+    assert run(*argv, "--rows=1", "--batch=1") != shown
+    page = tmp_path / "batch.html"
+    assert run(*argv, "--html", str(page)) == f"wrote {page}\n"
+    assert page.read_text().count("<section>") == 2 and list(tmp_path.iterdir()) == [page]
 
 
 @pytest.mark.slow
@@ -314,3 +338,24 @@ def test_convert_and_chat(
     said = run("chat", "--model", converted, *chat)
     # An empty line starts over: the last answer is the first one again.
     assert said.startswith(answers[0]) and said.endswith(answers[0])
+
+
+def test_the_commands_of_the_data_page(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that need nothing but the library run as they are written, up to training."""
+    page = (pathlib.Path(__file__).parents[1] / "docs/data.md").read_text()
+    blocks = [block.split("```")[0].replace("\\\n", " ") for block in page.split("```bash\n")[1:]]
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert all(command[0] == "sg4v" for command in commands)
+    monkeypatch.chdir(tmp_path)
+    actions = []
+    for command in commands:
+        if command[1] == "data" and not any("gs://" in argument for argument in command):
+            main([*command[1:], *(["--workers=1"] if command[2] in ("check", "build") else [])])
+            actions.append(command[2])
+    assert actions[:4] == ["world", "tokenizer", "check", "build"]
+    assert {path.name for path in tmp_path.glob("datasets/llava/*/1.0.0")} == {"1.0.0"}
+    shown = capsys.readouterr().out
+    assert "passed: 0 of" in shown and "datasets/llava/sft/1.0.0: " in shown
+    assert (tmp_path / "report.html").exists() and (tmp_path / "report.json").exists()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sg4v_jax.data.batch import Batch, from_packed
+from sg4v_jax.data.batch import Batch, from_rows
 from sg4v_jax.data.packing import pack
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from sg4v_jax.models.sharegpt4v import abstract_model
@@ -79,19 +79,12 @@ def random_sample(config: ModelConfig, generator: np.random.Generator, images: i
     }
 
 
-def packed(samples: list[dict], *, length: int, slots: int, max_samples: int | None = None) -> Batch:
+def packed(samples: list[dict], *, length: int, slots: int, packing: bool = True) -> Batch:
     """All samples in one batch, by the library's own packing."""
-    import grain
-
-    rows = pack(
-        grain.MapDataset.source(samples).to_iter_dataset(grain.ReadOptions(num_threads=0)),
-        length=length,
-        image_slots=slots,
-        bins=len(samples),
-        max_samples=max_samples,
-    )
-    rows = list(rows)
-    return from_packed({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    size = lambda sample: (len(sample["tokens"]), len(sample["images"]))  # noqa: E731
+    window = len(samples) if packing else 1
+    rows = pack(samples, size, length=length, image_slots=slots, window=window)
+    return from_rows(list(rows), length, slots)
 
 
 def random_batch(config: ModelConfig, rows: int, *, length: int = 40, slots: int = 2, seed: int = 0) -> Batch:

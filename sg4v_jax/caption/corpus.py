@@ -11,13 +11,13 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from sg4v_jax.data.folder import find_images
 from sg4v_jax.data.image import ImageError, load_image
 from sg4v_jax.data.records import IMAGE_PLACEHOLDER, RecordError, Turn, resolve_image
 from sg4v_jax.infer.generate import Generator, Prompt
 from sg4v_jax.infer.sampling import SamplingOptions
 
 RESULTS, ERRORS, RECORDS = "captions.jsonl", "errors.jsonl", "captions.json"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DEFAULT_PROMPT = "Analyze the image in a comprehensive and detailed manner."
 
 
@@ -52,8 +52,7 @@ def list_images(
     """
     source = pathlib.Path(source)
     if source.is_dir():
-        found = (path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        return sorted(path.relative_to(source).as_posix() for path in found)
+        return find_images(source)
     paths = json.loads(source.read_text())
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"{source}: expected a JSON list of image paths")
@@ -138,7 +137,8 @@ def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    for line in whole.decode().splitlines():
+    # Not `str.splitlines`: captions may hold what Unicode calls a line break.
+    for line in whole.split(b"\n")[:-1]:
         yield json.loads(line)
 
 

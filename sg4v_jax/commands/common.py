@@ -10,13 +10,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps examples as written and shows defaults."""
 
 
-def add_command(commands: Any, name: str, run: Callable[..., None], help: str, example: str) -> Any:
-    """A sub-command with its example in the help; `run(arguments, config_argv)` does it."""
+def add_command(
+    commands: Any, name: str, run: Callable[..., None], help: str, example: str, *, takes_config: bool = False
+) -> Any:
+    """A sub-command with its example in the help; `run(arguments, config_argv)` does it.
+
+    `takes_config` allows `--config=FILE` and its overrides, which `run` gets as `config_argv`.
+    """
     parser = commands.add_parser(
         name, help=help, description=f"{help}\n\nexample:\n{example}", formatter_class=HelpFormatter
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, takes_config=takes_config)
     return parser
 
 

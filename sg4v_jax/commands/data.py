@@ -1,8 +1,10 @@
 """`sg4v data`: datasets, tokenizers, the embedded world."""
 
 import argparse
+import os
 from typing import Any
 
+from sg4v_jax.commands import data_show
 from sg4v_jax.commands.common import HelpFormatter, add_command, progress_bar
 
 
@@ -10,18 +12,25 @@ def add(commands: Any) -> None:
     """Adds `data` and its actions to the commands."""
     data = commands.add_parser("data", help="Build datasets and tokenizers.", formatter_class=HelpFormatter)
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    data_show.add(actions)
     build = add_command(
         actions,
         "build",
         _data_build,
-        "LLaVA-format JSON (or JSONL) and its images to a TFDS dataset of array_record shards.",
+        "LLaVA-format JSON (or JSONL) and its images to a TFDS dataset of array_record shards. "
+        "Goes on where it was interrupted.",
         "  sg4v data build --name sft --json mix.json --images data --output datasets",
     )
     build.add_argument("--name", required=True, help="name of the dataset")
-    build.add_argument("--json", required=True, help="JSON array or JSONL of records")
+    build.add_argument("--json", help="JSON array or JSONL of records; without it, every image, to caption")
     build.add_argument("--images", required=True, help="folder that `image` paths are relative to")
-    build.add_argument("--output", required=True, help="folder for datasets")
+    build.add_argument("--output", required=True, help="folder for datasets; all may be gs:// and the like")
     build.add_argument("--bad-records", choices=("fail", "drop"), default="fail", help="drop counts them")
+    build.add_argument("--max-bad", default="100%", help="with drop: fail above this number or percentage")
+    build.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    build.add_argument("--records-per-shard", type=int, default=1024)
+    build.add_argument("--beam-options", help="write the shards on Apache Beam, with these flags of it")
+    _add_check(actions)
     tokenizer = add_command(
         actions,
         "tokenizer",
@@ -45,15 +54,77 @@ def add(commands: Any) -> None:
     world.add_argument("--seed", type=int, default=0)
 
 
+def _add_check(actions: Any) -> None:
+    check = add_command(
+        actions,
+        "check",
+        _data_check,
+        "Looks for everything that is wrong with data files and their images, before anything is built. "
+        "Exits with 1 if more records are bad than allowed.",
+        "  sg4v data check --json mix.json --images data --output report.html",
+    )
+    check.add_argument(
+        "--json", required=True, nargs="+", action="extend", help="JSON arrays or JSONL of records"
+    )
+    check.add_argument("--images", required=True, help="folder that `image` paths are relative to")
+    check.add_argument("--output", help="page to write, with a .json of the same beside it")
+    check.add_argument("--max-bad", default="0", help="bad records allowed: a number or a percentage")
+    check.add_argument("--tokenizer", default="", help="tokenizer.model for lengths; words without it")
+    check.add_argument("--template", default="v1", help="how training will write the records")
+    check.add_argument("--max-length", type=int, default=2048, help="count longer records (data.seq_len)")
+    check.add_argument("--image-tokens", type=int, default=576, help="features per image")
+    check.add_argument("--headers-only", action="store_true", help="fast; damaged images are not found")
+    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+
+
+def _data_check(arguments: argparse.Namespace, config_argv: list[str]) -> None:
+    from sg4v_jax.data.check import CheckOptions, check
+    from sg4v_jax.data.check_report import summary, write_report
+
+    options = CheckOptions(
+        tokenizer=arguments.tokenizer,
+        template=arguments.template,
+        image_tokens=arguments.image_tokens,
+        max_length=arguments.max_length,
+        decode=not arguments.headers_only,
+    )
+    report = check(
+        arguments.json,
+        arguments.images,
+        options,
+        max_bad=arguments.max_bad,
+        workers=arguments.workers,
+        progress=progress_bar("records"),
+    )
+    if arguments.output:
+        page, numbers = write_report(report, arguments.output)
+        print(f"wrote {page} and {numbers}\n")
+    print(summary(report))
+    if not report.passed:
+        raise SystemExit(1)
+
+
 def _data_build(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     from sg4v_jax.data.build import build
 
+    executor = None
+    if arguments.beam_options is not None:
+        from sg4v_jax.data.beam import on_beam
+
+        try:
+            executor = on_beam(arguments.beam_options.split())
+        except ImportError as error:
+            raise ValueError(str(error)) from error
     directory, report = build(
         arguments.name,
         arguments.json,
         arguments.images,
         arguments.output,
         bad_records=arguments.bad_records,
+        max_bad=arguments.max_bad,
+        workers=arguments.workers,
+        records_per_shard=arguments.records_per_shard,
+        executor=executor,
         progress=progress_bar("records"),
     )
     print(f"{directory}: {report.written} records written, dropped: {report.dropped or 'none'}")

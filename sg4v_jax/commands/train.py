@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
         "  sg4v train --config=configs/pretrain.py:7b --workdir=runs/pretrain \\\n"
         "    --config.data.tokenizer=vicuna/tokenizer.model --config.init.text=vicuna \\\n"
         "    --config.data.sources.share_captioner.directory=datasets/llava/pt/1.0.0",
+        takes_config=True,
     )
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the config go here")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sg4v_jax.convert.params import by_canonical_name, check
+from sg4v_jax.convert.params import check
 from sg4v_jax.convert.tensors import ConversionError, Tensor
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
 
@@ -133,15 +133,3 @@ _LACKS = {
     "--projector random for an untrained one",
     "text": "no decoder there",
 }
-
-
-def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by canonical key, without those that are no parameters.
-
-    Raises:
-      ConversionError: two names mean the same tensor.
-    """
-    found, problems = by_canonical_name(tensors)
-    if problems:
-        raise ConversionError(problems)
-    return found

@@ -169,8 +169,12 @@ def read_generation(directory: pathlib.Path) -> dict[str, Any]:
 
 def read_aspect(directory: pathlib.Path) -> str:
     """How an HF directory's image processor makes images square."""
-    path = directory / "preprocessor_config.json"
-    return "pad" if not path.is_file() or read_json(path).get("do_pad") else "square"
+    fields: dict[str, Any] = {}
+    if (directory / "processor_config.json").is_file():  # where transformers 5 puts it, and looks first
+        fields = read_json(directory / "processor_config.json").get("image_processor") or {}
+    if not fields and (directory / "preprocessor_config.json").is_file():
+        fields = read_json(directory / "preprocessor_config.json")
+    return "pad" if not fields or fields.get("do_pad") else "square"
 
 
 def read_chat_template(directory: pathlib.Path) -> str:

@@ -1,14 +1,14 @@
 """Checkpoint directories: JSON, weight files and their index, and directories that appear whole."""
 
+import collections
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sg4v_jax.convert.tensors import ConversionError, Tensor, count_not_finite, 
 from sg4v_jax.convert.torch_file import open_torch
 
 MAX_SHARD_BYTES = 5 * 10**9
+_READERS = 2
 
 # In the order in which transformers looks for them.
 _WEIGHT_FILES = (
@@ -105,14 +106,15 @@ def _open_sharded(index: pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_ahead(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
-    """The tensors' arrays in order, the next one read while the last is used."""
-    with ThreadPoolExecutor(1) as reader:
-        pending = None
-        for tensor in itertools.chain(tensors, [None]):
-            following = None if tensor is None else reader.submit(tensor.read)
-            if pending is not None:
-                yield pending.result()
-            pending = following
+    """The tensors' arrays in order; the next two are read while one is used."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        pending: collections.deque[Future[np.ndarray]] = collections.deque()
+        for tensor in tensors:
+            pending.append(readers.submit(tensor.read))
+            if len(pending) > _READERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 class Stream:
@@ -158,7 +160,7 @@ def write_tensors(
 
     Args:
       directory: where to.
-      tensors: what to write; two of them are in memory at a time.
+      tensors: what to write; a few of them are in memory at a time.
       stream: what reads them.
       max_shard_bytes: size of a shard; a tensor larger than that has a shard of its own.
 
@@ -232,6 +234,11 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool) -> Iter
                 # A directory can't be swapped for another in one step: for a moment there is none.
                 target.rename(old)
             partial.rename(target)
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            # A write that fails, for want of room, doesn't say where.
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

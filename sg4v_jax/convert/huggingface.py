@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sg4v_jax.convert import companions, configs
-from sg4v_jax.convert.checkpoint import Checkpoint, Usage, canonical
+from sg4v_jax.convert.checkpoint import Checkpoint, Usage
 from sg4v_jax.convert.files import MAX_SHARD_BYTES, Stream, open_tensors, read_json, write_json, write_tensors
 from sg4v_jax.convert.names import entries
-from sg4v_jax.convert.params import padded_vocab_size, without_added_rows
+from sg4v_jax.convert.params import by_canonical_name, padded_vocab_size, without_added_rows
 from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.projector import projector_depth
@@ -42,7 +42,7 @@ def open_llava(directory: pathlib.Path) -> Checkpoint:
     return Checkpoint(
         path=directory,
         layout="hf",
-        tensors=without_added_rows(canonical(open_tensors(directory)), config.text.vocab_size),
+        tensors=without_added_rows(by_canonical_name(open_tensors(directory)), config.text.vocab_size),
         vision=config.vision,
         text=config.text,
         projector=config.projector,

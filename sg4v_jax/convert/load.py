@@ -15,13 +15,15 @@ from sg4v_jax.convert.checkpoint import Checkpoint, Usage
 from sg4v_jax.convert.files import MAX_SHARD_BYTES, Stream, new_directory, read_json, write_json
 from sg4v_jax.convert.params import from_params, to_params
 from sg4v_jax.convert.tensors import DTYPES, ConversionError
-from sg4v_jax.data.conversation import get_template
+from sg4v_jax.data.conversation import TEMPLATES, get_template
 from sg4v_jax.models.config import ModelConfig, VisionConfig
 from sg4v_jax.models.sharegpt4v import init_params
 
 FORMATS = ("hf", "share4v", "run")
-# No format but a run says how a model was trained to be prompted; a small file of our own does.
+# No format but a run says how a model was trained to be prompted; a small file of our own does. What
+# the format's own files say is left to them, for people edit those.
 USAGE = "sg4v.json"
+_IN_FORMAT = {"hf": {"aspect", "chat_template", "generation"}, "share4v": {"aspect", "generation"}}
 RANDOM = "random"
 
 
@@ -45,7 +47,7 @@ def open_checkpoint(
       FileNotFoundError: `path` is nothing of the kind.
       ConversionError: files are missing or damaged, or a config asks for what can't be done.
     """
-    checkpoint = _open(pathlib.Path(path), base)
+    checkpoint = _open(pathlib.Path(path), base, with_tower=vision_tower is None)
     if vision_tower is not None:
         checkpoint = checkpoint.with_part("vision", _part("vision", vision_tower, checkpoint))
     if projector is not None:
@@ -53,13 +55,13 @@ def open_checkpoint(
     return checkpoint
 
 
-def _open(path: pathlib.Path, base: str | os.PathLike[str] | None) -> Checkpoint:
+def _open(path: pathlib.Path, base: str | os.PathLike[str] | None, with_tower: bool) -> Checkpoint:
     if path.is_file():
         return share4v.open_projector(path)
     if orbax.is_run(path):
         return orbax.open_run(path)
     if (path / lora.ADAPTER).is_file():
-        return lora.merge_lora(path, _lora_base(path, base))
+        return lora.merge_lora(path, _lora_base(path, base, with_tower))
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{path} is no model: it has neither {orbax.CHECKPOINTS}/ (a training run of this library) "
@@ -70,15 +72,15 @@ def _open(path: pathlib.Path, base: str | os.PathLike[str] | None) -> Checkpoint
         return _with_usage(huggingface.open_llava(path))
     if str(fields.get("model_type")).startswith("clip"):
         return share4v.open_tower(path)
-    return _with_usage(share4v.open_share4v(path))
+    return _with_usage(share4v.open_share4v(path, with_tower=with_tower))
 
 
-def _lora_base(path: pathlib.Path, base: str | os.PathLike[str] | None) -> Checkpoint:
-    found = open_checkpoint(lora.base_of(path) if base is None else base)
+def _lora_base(path: pathlib.Path, base: str | os.PathLike[str] | None, with_tower: bool) -> Checkpoint:
+    found = _open(pathlib.Path(lora.base_of(path) if base is None else base), None, with_tower)
     if not (path / "config.json").is_file():
         return found
     # What the adapter's own config says of projector, features and tower counts.
-    return share4v.adapted(path, found)
+    return share4v.adapted(path, found, with_tower=with_tower)
 
 
 def _part(name: str, source: str | os.PathLike[str], checkpoint: Checkpoint) -> Checkpoint:
@@ -99,14 +101,15 @@ def _part(name: str, source: str | os.PathLike[str], checkpoint: Checkpoint) -> 
 
 
 def _with_usage(checkpoint: Checkpoint) -> Checkpoint:
-    """Adds what `sg4v.json` says, which counts more than what the format's own files do."""
+    """Adds what `sg4v.json` says."""
     usage = checkpoint.usage
     if (checkpoint.path / USAGE).is_file():
         known = {field.name for field in dataclasses.fields(Usage)}
         said = {key: value for key, value in read_json(checkpoint.path / USAGE).items() if key in known}
         usage = dataclasses.replace(usage, **said)
-    if usage.chat_template == companions.chat_template(get_template(usage.template)):
-        usage = dataclasses.replace(usage, chat_template="")
+    for name in (usage.template, *TEMPLATES):
+        if usage.chat_template == companions.chat_template(get_template(name)):
+            usage = dataclasses.replace(usage, template=name, chat_template="")
     return dataclasses.replace(checkpoint, usage=usage)
 
 
@@ -187,6 +190,9 @@ def convert(
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     checkpoint = checkpoint.checked()
+    if checkpoint.tokenizer_file is None and (checkpoint.path / "tokenizer.json").is_file():
+        problem = "has tokenizer.json but no tokenizer.model, which transformers 5 does not save"
+        raise ConversionError([f"{checkpoint.path} {problem}; copy that of the model it came from there"])
     if checkpoint.usage.history.get("step") and checkpoint.layout == "run":
         dtype = dtype or "bfloat16"
     if dtype:
@@ -202,7 +208,9 @@ def convert(
         else:
             orbax.write_run(partial, checkpoint, stream)
         if layout != "run":
-            write_json(partial / USAGE, dataclasses.asdict(checkpoint.usage))
+            usage = dataclasses.asdict(checkpoint.usage)
+            said = {key: value for key, value in usage.items() if key not in _IN_FORMAT[layout]}
+            write_json(partial / USAGE, said)
         stream.finish()
 
 

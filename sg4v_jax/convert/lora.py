@@ -8,15 +8,16 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from sg4v_jax.convert import configs
-from sg4v_jax.convert.checkpoint import Checkpoint, canonical
+from sg4v_jax.convert.checkpoint import PARTS, Checkpoint
 from sg4v_jax.convert.files import open_file, read_json
 from sg4v_jax.convert.names import canonical_name
+from sg4v_jax.convert.params import by_canonical_name, without_added_rows
 from sg4v_jax.convert.tensors import ConversionError, Tensor
 
 ADAPTER = "adapter_config.json"
@@ -33,6 +34,8 @@ _FIXED = {
     "rank_pattern": {},
     "bias": "none",
 }
+# Ways to start that leave the base as it was; the others (PiSSA, OLoRA, ...) subtract from it.
+_INITIAL = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def merge_lora(directory: pathlib.Path, base: Checkpoint) -> Checkpoint:
@@ -48,6 +51,9 @@ def merge_lora(directory: pathlib.Path, base: Checkpoint) -> Checkpoint:
     """
     settings = read_json(directory / ADAPTER)
     problems = [f"{ADAPTER}: {problem}" for problem in configs.unsupported(settings, _FIXED)]
+    if (initial := settings.get("init_lora_weights", True)) not in _INITIAL:
+        supported = ", ".join(map(repr, _INITIAL))
+        problems.append(f"{ADAPTER}: init_lora_weights is {initial!r}; supported: {supported}")
     tensors = _unwrapped(_adapter_file(directory))
     factors: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
@@ -59,7 +65,11 @@ def merge_lora(directory: pathlib.Path, base: Checkpoint) -> Checkpoint:
             replaced[name.replace(".modules_to_save.default.", ".")] = tensor
     if (directory / _TRAINABLES).is_file():
         replaced |= _unwrapped(directory / _TRAINABLES)
-    merged = {**base.tensors, **canonical(replaced)}
+    whole = by_canonical_name(replaced)
+    if base.text is not None:
+        whole = without_added_rows(whole, base.text.vocab_size)
+    problems += _misplaced(whole, base)
+    merged = {**base.tensors, **whole}
     for name, pair in factors.items():
         key = canonical_name(name) or name
         problem = _misfit(name, pair, merged.get(key))
@@ -98,6 +108,16 @@ def _adapter_file(directory: pathlib.Path) -> pathlib.Path:
 
 def _unwrapped(path: pathlib.Path) -> dict[str, Tensor]:
     return {_WRAPPERS.sub("", name): tensor for name, tensor in open_file(path).items()}
+
+
+def _misplaced(tensors: Mapping[str, Tensor], base: Checkpoint) -> Iterator[str]:
+    """What is wrong with tensors that take the place of the base's. It need not have a projector."""
+    for key, tensor in tensors.items():
+        found = base.tensors.get(key)
+        if found is None and not key.startswith(PARTS["projector"]):
+            yield f"{tensor.name} in {tensor.where}: the base has no such weight"
+        elif found is not None and found.shape != tensor.shape:
+            yield f"{tensor.name} in {tensor.where}: expected shape {found.shape}, found {tensor.shape}"
 
 
 def _misfit(name: str, pair: Mapping[str, Tensor], weight: Tensor | None) -> str | None:

@@ -6,6 +6,7 @@ converted from elsewhere is a run that has taken no step: `params` and `meta` on
 """
 
 import asyncio
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import math
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,7 +29,7 @@ from sg4v_jax.convert.checkpoint import Checkpoint, Usage
 from sg4v_jax.convert.files import Stream
 from sg4v_jax.convert.names import Entry, entries
 from sg4v_jax.convert.params import Path, param_shapes, param_tensor, stored_dtypes, to_layer
-from sg4v_jax.convert.tensors import Tensor
+from sg4v_jax.convert.tensors import ConversionError, Tensor
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.sharegpt4v import abstract_model
 
@@ -36,7 +38,9 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
 # What is read of a stacked parameter at once, when its chunks hold several layers.
 _WINDOW_BYTES = 2**30
-_CHUNK_BYTES = 2**26
+# Buffers of this size are used again and again; the memory of larger ones is new every time.
+_CHUNK_BYTES = 2**24
+_MAX_UNDER_WAY = 2**28
 
 
 def is_run(directory: pathlib.Path) -> bool:
@@ -143,7 +147,8 @@ def write_run(directory: pathlib.Path, checkpoint: Checkpoint, stream: Stream) -
     if checkpoint.tokenizer_file is not None:
         shutil.copyfile(checkpoint.tokenizer_file, directory / TOKENIZER)
         meta["tokenizer_sha256"] = hashlib.sha256((directory / TOKENIZER).read_bytes()).hexdigest()
-    registry = ocp.type_handlers.create_type_handler_registry((_LazyParam, _LazyParamHandler()))
+    writer = _LazyParamHandler()
+    registry = ocp.type_handlers.create_type_handler_registry((_LazyParam, writer))
     # Compressing weights saves nothing and takes longer than writing them.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     params = _lazy_params(config, checkpoint.tensors, stream)
@@ -159,6 +164,8 @@ def write_run(directory: pathlib.Path, checkpoint: Checkpoint, stream: Stream) -
     ) as manager:
         save = ocp.args.PyTreeSave(unflatten_dict(params), save_args=unflatten_dict(args))
         manager.save(0, args=ocp.args.Composite(params=save, meta=ocp.args.JsonSave(meta)))
+    if writer.error is not None:
+        raise writer.error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +193,7 @@ class _LazyParam:
     def layers(self) -> Iterator[tuple[Any, np.ndarray]]:
         """(index, array) of each layer."""
         for entry, array in zip(self.entries, self.stream.arrays(self.tensors), strict=True):
-            yield ... if entry.layer is None else entry.layer, to_layer(entry, self.shape, array)
+            yield ... if entry.layer is None else entry.layer, array
 
 
 def _lazy_params(
@@ -197,29 +204,58 @@ def _lazy_params(
     params = {}
     for path, group in groups:
         of_path = tuple(group)
-        read = tuple(tensors[entry.key] for entry in of_path)
-        params[path] = _LazyParam(shapes[path], dtypes[path], of_path, read, stream)
+        layers = tuple(
+            _as_layer(entry, shapes[path], tensors[entry.key].cast(dtypes[path])) for entry in of_path
+        )
+        params[path] = _LazyParam(shapes[path], dtypes[path], of_path, layers, stream)
     return params
 
 
+def _as_layer(entry: Entry, shape: tuple[int, ...], tensor: Tensor) -> Tensor:
+    """A tensor that reads as its (layer of a) parameter has it."""
+    layer_shape = shape if entry.layer is None else shape[1:]
+    return dataclasses.replace(tensor, shape=layer_shape, read=lambda: to_layer(entry, shape, tensor.read()))
+
+
 class _LazyParamHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `_LazyParam`s as NumpyHandler does arrays, but one after the other, layer by layer."""
+    """Writes `_LazyParam`s as NumpyHandler does arrays, but layer by layer.
+
+    A few writes are under way at a time: each waits for the disk, and tensorstore commits together
+    what it has together.
+    """
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._turn = asyncio.Lock()
+        self._under_way: collections.deque[tuple[Any, int]] = collections.deque()
+        # Whoever makes the directory syncs it once, when it is complete.
+        self._context = tensorstore.Context({"file_io_sync": False, "cache_pool#ocdbt": {}})
+        self.error: ConversionError | None = None
 
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
+        """Leaves its error in `self.error`: raised here, it would fill a screen with Orbax's threads."""
+        try:
+            await self._write(value, tspec)
+        except ConversionError as error:
+            self.error = self.error or error
+
+    async def _write(self, value: Any, tspec: Any) -> None:
+        writes = []
         async with self._turn:
+            if self.error is not None:
+                return
             spec = tensorstore.Spec(tspec)
-            store = await tensorstore.open(spec, create=True, open=True, context=ts_context)
-            pending: list[Any] = []  # One write is under way while the next layer is prepared.
+            store = await tensorstore.open(spec, create=True, open=True, context=self._context)
             for index, array in value.layers():
-                for write in pending:
-                    await write
-                pending = [store[index].write(array)]
-            for write in pending:
-                await write
+                while self._under_way and self._bytes_under_way() + array.nbytes > _MAX_UNDER_WAY:
+                    await self._under_way.popleft()[0]
+                writes.append(store[index].write(array))
+                self._under_way.append((writes[-1], array.nbytes))
+        for write in writes:
+            await write
+
+    def _bytes_under_way(self) -> int:
+        return sum(nbytes for _, nbytes in self._under_way)
 
 
 class _Stack:
@@ -229,28 +265,37 @@ class _Stack:
         kvstore = {"driver": "ocdbt", "base": f"file://{params.resolve()}/", "path": ".".join(path) + "/"}
         self._store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
         self.shape, self.dtype = shape, np.dtype(self._store.dtype.numpy_dtype)
+        self._turn = threading.Lock()
         self._window: tuple[range, np.ndarray] = (range(0), np.empty(0))
 
     def read(self, layer: int | None) -> np.ndarray:
         """One layer, or for None the whole parameter, which then has no layers."""
         if layer is None:
-            return self._store.read().result()
-        layers, held = self._window
-        if layer not in layers:
-            layers = self._around(layer)
-            held = self._store[layers.start : layers.stop].read().result()
-            self._window = (layers, held)
-        if layer == layers[-1]:
-            self._window = (range(0), np.empty(0))
-        return held[layer - layers.start]
+            return self._read(self._store)
+        count = self._layers_at_once()
+        if count == 1:
+            return self._read(self._store[layer])
+        with self._turn:
+            layers, held = self._window
+            if layer not in layers:
+                layers = range(layer, min(layer + count, self.shape[0]))
+                self._window = (range(0), np.empty(0))  # Let go of the last one first.
+                held = self._read(self._store[layers.start : layers.stop])
+                self._window = (layers, held)
+            return held[layer - layers.start].copy()
 
-    def _around(self, layer: int) -> range:
-        """The layers to read at once: those in the same chunks, as far as memory allows."""
+    def _read(self, part: Any) -> np.ndarray:
+        # Into NumPy's memory, which comes in huge pages: tensorstore's own takes longer to get than to fill.
+        array = np.empty(part.shape, self.dtype)
+        tensorstore.array(array).write(part).result()
+        return array
+
+    def _layers_at_once(self) -> int:
+        """As many as share chunks, as far as memory allows."""
         chunk = self._store.chunk_layout.read_chunk.shape
         in_chunk = int((chunk and chunk[0]) or 1)
         layer_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        count = max(1, min(in_chunk, _WINDOW_BYTES // max(1, layer_bytes)))
-        return range(layer, min(layer + count, self.shape[0]))
+        return max(1, min(in_chunk, _WINDOW_BYTES // max(1, layer_bytes)))
 
 
 def _tuned(meta: dict[str, Any], config: ModelConfig) -> list[str]:

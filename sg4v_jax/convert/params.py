@@ -25,19 +25,17 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-(vocab_size + _ADDED_TOKENS) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
 
-def by_canonical_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors by canonical key, problems): what is no parameter is left out, doubles are problems."""
+def by_canonical_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by canonical key, without those that are no parameters.
+
+    One that is there twice keeps its name beside the key, for `check` to find.
+    """
     found: dict[str, Tensor] = {}
-    problems = []
     for name, tensor in tensors.items():
         key = canonical_name(name)
-        if key is None:
-            continue
-        if key in found:
-            problems.append(f"{name}: the same tensor as {found[key].name} (both are {key})")
-        else:
-            found[key] = tensor
-    return found, problems
+        if key is not None:
+            found[f"{key} ({name})" if key in found else key] = tensor
+    return found
 
 
 def check(config: ModelConfig, tensors: Mapping[str, Tensor], part: str = "") -> list[str]:
@@ -49,7 +47,7 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], part: str = "") ->
       part: `vision`, `projector` or `text`, if they are to be only that.
 
     Returns:
-      A line for every missing, unexpected or misshapen tensor.
+      A line for every missing, unexpected, doubled or misshapen tensor.
     """
     problems = []
     shapes, rest = param_shapes(config), dict(tensors)
@@ -61,7 +59,7 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], part: str = "") ->
             problems.append(f"missing {entry.key} (for {'/'.join(entry.path)})")
         elif problem := _mismatch(entry, shapes[entry.path], tensor):
             problems.append(f"{tensor.name} in {tensor.where}: {problem}")
-    return problems + [f"unexpected {tensor.name} in {tensor.where}" for tensor in rest.values()]
+    return problems + [_unexpected(tensor, tensors) for tensor in rest.values()]
 
 
 def without_added_rows(tensors: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
@@ -115,9 +113,8 @@ def to_params(config: ModelConfig, tensors: Mapping[str, Tensor | np.ndarray]) -
         name: tensor if isinstance(tensor, Tensor) else in_memory(name, tensor)
         for name, tensor in tensors.items()
     }
-    found, problems = by_canonical_name(wrapped)
-    problems += check(config, found)
-    if problems:
+    found = by_canonical_name(wrapped)
+    if problems := check(config, found):
         raise ConversionError(problems)
     return unflatten_dict(dict(read_params(config, found, stored_dtypes(config, found))))
 
@@ -207,6 +204,13 @@ def param_tensor(
         where,
         lambda: to_file(entry.row.layout, read_layer(entry.layer)),
     )
+
+
+def _unexpected(tensor: Tensor, tensors: Mapping[str, Tensor]) -> str:
+    key = canonical_name(tensor.name)
+    if key is None or key not in tensors or tensors[key] is tensor:
+        return f"unexpected {tensor.name} in {tensor.where}"
+    return f"{tensor.name} in {tensor.where}: the same tensor as {tensors[key].name} (both are {key})"
 
 
 def _mismatch(entry: Entry, shape: tuple[int, ...], tensor: Tensor) -> str | None:

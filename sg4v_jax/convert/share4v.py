@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sg4v_jax.convert import companions, configs
-from sg4v_jax.convert.checkpoint import PARTS, Checkpoint, Usage, canonical
+from sg4v_jax.convert.checkpoint import PARTS, Checkpoint, Usage
 from sg4v_jax.convert.files import (
     MAX_SHARD_BYTES,
     Stream,
@@ -23,6 +23,7 @@ from sg4v_jax.convert.files import (
     write_tensors,
 )
 from sg4v_jax.convert.names import entries, share4v_name
+from sg4v_jax.convert.params import by_canonical_name
 from sg4v_jax.convert.tensors import ConversionError, Tensor
 from sg4v_jax.data.image import ASPECTS
 from sg4v_jax.models.config import ModelConfig, VisionConfig
@@ -35,11 +36,15 @@ _MODEL_TYPES = ("share4v", "llava", "llama")
 PROJECTOR_FILE = "mm_projector.bin"
 
 
-def open_share4v(directory: pathlib.Path) -> Checkpoint:
+def open_share4v(directory: pathlib.Path, *, with_tower: bool = True) -> Checkpoint:
     """Opens a checkpoint in the original format of ShareGPT4V or LLaVA-1.5, or a LLaMA.
 
     The tower is the one inside, or else that which `mm_vision_tower` names, relative to
     `directory`, or its sub-directory `vision_tower`; where none is found the part is missing.
+
+    Args:
+      directory: a local one.
+      with_tower: whether to look for the tower outside.
 
     Raises:
       ConversionError: files are missing or damaged, or a config asks for what the model here
@@ -48,7 +53,7 @@ def open_share4v(directory: pathlib.Path) -> Checkpoint:
     fields = read_json(directory / "config.json")
     if not has_weights(directory) and (directory / PROJECTOR_FILE).is_file():
         return open_projector(directory / PROJECTOR_FILE)
-    tensors = canonical(open_tensors(directory))
+    tensors = by_canonical_name(open_tensors(directory))
     has_projector = any(key.startswith(PARTS["projector"]) for key in tensors)
     inside = {key: tensor for key, tensor in tensors.items() if key.startswith(PARTS["vision"])}
     checkpoint = Checkpoint(
@@ -60,15 +65,16 @@ def open_share4v(directory: pathlib.Path) -> Checkpoint:
         tokenizer_file=companions.find_tokenizer(directory),
         usage=Usage(generation=companions.read_generation(directory)),
     )
-    checkpoint = adapted(directory, checkpoint)
+    checkpoint = adapted(directory, checkpoint, with_tower=with_tower and not inside)
     if not inside:
         return checkpoint
     # LLaVA's towers are inside, and `mm_vision_tower` only says which one it is.
-    vision = checkpoint.vision or _inferred_tower(directory, inside)
+    tower = _find_tower(directory, fields) if with_tower else None
+    vision = open_tower(tower).vision if tower else _inferred_tower(directory, inside)
     return checkpoint.with_part("vision", Checkpoint(directory, "clip", inside, vision=vision))
 
 
-def adapted(directory: pathlib.Path, checkpoint: Checkpoint) -> Checkpoint:
+def adapted(directory: pathlib.Path, checkpoint: Checkpoint, *, with_tower: bool = True) -> Checkpoint:
     """A checkpoint as the config.json in a directory, of its own or of a LoRA, wants it used.
 
     Raises:
@@ -96,7 +102,7 @@ def adapted(directory: pathlib.Path, checkpoint: Checkpoint) -> Checkpoint:
         features=(layer, feature),
         usage=dataclasses.replace(checkpoint.usage, aspect=aspect),
     )
-    tower = _find_tower(directory, fields)
+    tower = _find_tower(directory, fields) if with_tower else None
     return checkpoint if tower is None else checkpoint.with_part("vision", open_tower(tower))
 
 
@@ -107,7 +113,7 @@ def open_tower(directory: pathlib.Path) -> Checkpoint:
       ConversionError: see `open_share4v`.
     """
     vision = configs.read_vision(read_json(directory / "config.json"))
-    tensors = canonical(open_tensors(directory)) if has_weights(directory) else {}
+    tensors = by_canonical_name(open_tensors(directory)) if has_weights(directory) else {}
     return Checkpoint(directory, "clip", tensors, vision=vision)
 
 
@@ -117,7 +123,7 @@ def open_projector(path: pathlib.Path) -> Checkpoint:
     Raises:
       ConversionError: it can't be read, or holds something else.
     """
-    tensors = canonical(open_file(path))
+    tensors = by_canonical_name(open_file(path))
     others = [tensor.name for key, tensor in tensors.items() if not key.startswith(PARTS["projector"])]
     if others or not tensors:
         raise ConversionError([f"{path} is no projector: it has {', '.join(others[:3]) or 'no tensors'}"])
@@ -195,8 +201,14 @@ def write_config(config: ModelConfig, dtype: str, aspect: str) -> dict[str, Any]
 
 def _find_tower(directory: pathlib.Path, fields: Mapping[str, Any]) -> pathlib.Path | None:
     named = [fields["mm_vision_tower"]] if isinstance(fields.get("mm_vision_tower"), str) else []
-    candidates = [directory / name for name in (*named, _TOWER)]
-    return next((found for found in candidates if (found / "config.json").exists()), None)
+    candidates = {(directory / name).resolve(): directory / name for name in (*named, _TOWER)}
+    found = [path for path in candidates.values() if (path / "config.json").exists()]
+    if len(found) > 1:
+        # share4v's training saves a tuned tower inside, and leaves the name of the origin as it was.
+        raise ConversionError(
+            [f"two vision towers, {found[0]} (by config.json) and {found[1]}: say which as --vision-tower"]
+        )
+    return found[0] if found else None
 
 
 def _projector_kind(tensors: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,7 @@
 """The one batch type, from the loader through the train step to benchmarks and plans."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -38,23 +39,35 @@ class Batch:
     image_index: Int[Array | np.ndarray, "batch length"]
 
 
-def from_packed(packed: dict[str, np.ndarray]) -> Batch:
-    """A batch from packed samples (see `data.packing`), as numpy arrays.
+def from_rows(rows: Sequence[Sequence[Mapping[str, np.ndarray]]], length: int, image_slots: int) -> Batch:
+    """A batch of numpy arrays, from the samples of each row.
 
-    Slots are filled in the order of the samples in a row, and features are used in the order of
-    their placeholders; so the n-th placeholder of a row takes the row's n-th feature.
+    Args:
+      rows: samples as from `data.sample.make_sample`, which fit into a row together.
+      length: tokens per row.
+      image_slots: images per row.
     """
-    is_image = packed["is_image"].astype(bool)
+    shape = (len(rows), length)
+    tokens, targets, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(4))
+    loss_weights, is_image = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    images = np.zeros((len(rows), image_slots, *rows[0][0]["images"].shape[1:]), np.uint8)
+    for r, row in enumerate(rows):
+        start = slot = 0
+        for segment, sample in enumerate(row, start=1):
+            end = start + len(sample["tokens"])
+            tokens[r, start:end] = sample["tokens"]
+            targets[r, start:end] = sample["targets"]
+            loss_weights[r, start:end] = sample["loss_weights"]
+            is_image[r, start:end] = sample["is_image"]
+            positions[r, start:end] = np.arange(end - start)
+            segment_ids[r, start:end] = segment
+            images[r, slot : slot + len(sample["images"])] = sample["images"]
+            start, slot = end, slot + len(sample["images"])
+    # Slots are filled in the order of the samples, and each image has all of its placeholders; so the
+    # n-th placeholder of a row takes the row's n-th feature.
     running = np.cumsum(is_image, axis=1, dtype=np.int32) - 1
-    return Batch(
-        tokens=packed["tokens"],
-        targets=packed["targets"],
-        loss_weights=packed["loss_weights"],
-        positions=packed["tokens_positions"].astype(np.int32),
-        segment_ids=packed["tokens_segment_ids"].astype(np.int32),
-        images=packed["images"],
-        image_index=np.where(is_image, running, np.int32(-1)),
-    )
+    image_index = np.where(is_image, running, np.int32(-1))
+    return Batch(tokens, targets, loss_weights, positions, segment_ids, images, image_index)
 
 
 def to_devices(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:

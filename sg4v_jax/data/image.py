@@ -9,12 +9,19 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+try:  # Optional: decodes most JPEGs to the same bits in less time (tests/data/test_image.py).
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
 from sg4v_jax.models.config import CLIP_MEAN, CLIP_STD
 
 ASPECTS = ("square", "pad")
 _PAD_COLOR = (122, 116, 104)  # tuple(int(255 * x) for x in CLIP_MEAN), the colour of "nothing"
 # Padding or resizing a very long image can blow it up; Pillow takes 4 bytes a pixel.
 _MAX_WORK_PIXELS = 1 << 28
+# Above this Pillow warns of "decompression bombs", and later refuses.
+_MAX_FAST_PIXELS = 80_000_000
 
 
 class ImageError(ValueError):
@@ -45,6 +52,10 @@ def load_image(
     Raises:
         ImageError: not an image, cut off, damaged or too large.
     """
+    if not apply_exif_rotation:
+        pixels = _decode_jpeg(data, min(max_pixels, _MAX_FAST_PIXELS))
+        if pixels is not None:
+            return Image.fromarray(pixels)
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
@@ -88,10 +99,7 @@ def preprocess(image: Image.Image, *, size: int, aspect: str) -> np.ndarray:
     width, height = image.size
     if image.mode != "RGB" or not width or not height:
         raise ImageError(f"expected RGB pixels, got mode {image.mode!r}, {width} x {height}")
-    if aspect == "pad":
-        _check_work((max(width, height),) * 2, image)
-        image = _expand_to_square(image)
-    return _resize_and_crop(image, size)
+    return _resize_padded(image, size) if aspect == "pad" else _resize_and_crop(image, size)
 
 
 def normalize_reference(pixels: np.ndarray) -> np.ndarray:
@@ -126,12 +134,42 @@ def _high_byte(values: np.ndarray) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _expand_to_square(image: Image.Image) -> Image.Image:
+def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """uint8[height, width, 3]; None for all that Pillow has to look at, as it does without simplejpeg."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if width * height > max_pixels or colorspace not in ("YCbCr", "Gray", "RGB"):
+            return None
+        # Strict: what libjpeg only warns of, Pillow may refuse.
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return None
+    return pixels
+
+
+def _resize_padded(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes the image in the middle of a square; its rows first, and those of the padding not at all.
+
+    Resizing makes equal pixels of equal pixels, so the padding above and below may come later.
+    """
     width, height = image.size
     side = max(width, height)
-    square = Image.new("RGB", (side, side), _PAD_COLOR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    _check_work((side, side), image)
+    if width < height:
+        image = _paste(image, (side, side))
+    rows = image.resize((size, image.height), Image.Resampling.BICUBIC)
+    return np.asarray(_paste(rows, (size, side)).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _paste(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image in the middle of a canvas of the mean colour."""
+    if image.size == size:
+        return image
+    canvas = Image.new("RGB", size, _PAD_COLOR)
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -140,8 +178,14 @@ def _resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
     longer = int(size * max(width, height) / min(width, height))
     resized = (size, longer) if width <= height else (longer, size)
     _check_work(resized, image)
-    pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     top, left = (resized[1] - size) // 2, (resized[0] - size) // 2
+    if width > height:
+        # Rows, then columns: what one call does. In between, the columns that are cut off can go.
+        rows = image.resize((longer, height), Image.Resampling.BICUBIC)
+        image, left = rows.crop((left, 0, left + size, height)), 0
+        resized = (size, size)
+    # Not so for tall images: there Pillow 13 does columns first, earlier ones do rows first.
+    pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     # A copy, so that the cut-off rest is freed.
     return np.ascontiguousarray(pixels[top : top + size, left : left + size])
 

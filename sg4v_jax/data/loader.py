@@ -1,35 +1,36 @@
 """Datasets to batches: mix, decode, pack and batch, with a state that resumes to the bit."""
 
+import collections
+import concurrent.futures
+import copy
 import dataclasses
-import functools
 import logging
 import math
-from collections.abc import Mapping
+import operator
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
+import numpy as np
+from absl import flags
 
-from sg4v_jax.data import batch, build, packing
-from sg4v_jax.data.image import ImageError
-from sg4v_jax.data.records import RecordError
-from sg4v_jax.data.sample import SampleFormat, Skipped, make_sample
+from sg4v_jax.data import packing
+from sg4v_jax.data.batch import Batch, from_rows, to_devices
+from sg4v_jax.data.mixture import Replacement, Source
+from sg4v_jax.data.reader import Element, Reader
+from sg4v_jax.data.sample import SampleFormat
 from sg4v_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One dataset of a mixture.
-
-    Attributes:
-      directory: where `data.build` put it.
-      weight: share of the mixture; 0 means its number of records.
-    """
-
-    directory: str
-    weight: float = 0.0
+Counts = dict[str, dict[str, int]]
+USED = ("used", "replaced", "cut")
+"""What the counts of a source say of records that were used; every other key is a reason why one was not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +42,25 @@ class LoaderConfig:
       form: how records become samples.
       batch_size: rows per batch, over all processes.
       packing: several samples per row; off puts one sample in a row, as the original does.
-      packing_bins: rows filled at a time.
+      packing_window: samples that wait for a row at a time; more waste less and hold more images in
+        host memory.
       seed: decides the order.
-      num_threads: threads that decode.
+      num_threads: threads that decode, in each worker or in this process.
+      num_workers: processes that decode; 0 does it in this one.
+      prefetch: batches held ready on the devices.
+      replacement: captions to replace.
     """
 
     sources: Mapping[str, Source]
     form: SampleFormat
     batch_size: int
     packing: bool
-    packing_bins: int
+    packing_window: int
     seed: int
     num_threads: int
+    num_workers: int = 0
+    prefetch: int = 2
+    replacement: Replacement | None = None
 
 
 class Loader:
@@ -60,82 +68,325 @@ class Loader:
 
     Attributes:
       num_records: records of all sources together.
-      skipped: bad records passed over so far by this process.
     """
 
-    def __init__(self, config: LoaderConfig, tokenizer: Tokenizer):
-        self._config, self._tokenizer = config, tokenizer
-        self._datasets = {name: build.open_dataset(s.directory) for name, s in config.sources.items()}
-        self.num_records = sum(len(dataset) for dataset in self._datasets.values())
-        self.skipped = Skipped()
-        self._any_good = False
-        processes = jax.process_count()
-        if config.batch_size % processes:
-            raise ValueError(f"batch_size {config.batch_size} does not divide by {processes} processes")
-
-    def __iter__(self) -> grain.DatasetIterator:
-        """An iterator over `batch.Batch`es of numpy arrays; `grain.checkpoint` saves its state."""
-        config = self._config
-        # Each process takes every n-th record of one global order.
-        samples = self._mixture()[jax.process_index() :: jax.process_count()]
-        samples = samples.map(lambda element: self._sample(*element))
-        options = grain.ReadOptions(num_threads=config.num_threads)
-        rows = packing.pack(
-            samples.to_iter_dataset(options),
-            length=config.form.length,
-            image_slots=config.form.image_slots,
-            bins=config.packing_bins,
-            max_samples=None if config.packing else 1,
-        )
-        batches = rows.batch(config.batch_size // jax.process_count(), drop_remainder=True)
-        return iter(batches.map(batch.from_packed))
-
-    def steps_per_epoch(self, probe: int = 256) -> int:
-        """Batches that see every record about once.
-
-        With packing the number of rows is not known beforehand; it is estimated from the token and
-        image counts of `probe` records spread evenly over each source.
+    def __init__(self, config: LoaderConfig, tokenizer: Tokenizer, shard: tuple[int, int] | None = None):
+        """Args:
+        config: what to read.
+        tokenizer: the text tokenizer.
+        shard: (index, count) of the processes that share the stream; None asks JAX.
         """
-        config = self._config
+        self._config = config
+        self.shard = shard or (jax.process_index(), jax.process_count())
+        if config.batch_size % self.shard[1]:
+            raise ValueError(f"batch_size {config.batch_size} does not divide by {self.shard[1]} processes")
+        self._reader = Reader(config.sources, config.form, tokenizer, config.seed, config.replacement)
+        self.num_records = self._reader.num_records
+        for name, draws in self._reader.mixture.draws.items():
+            log.info("an epoch has %s samples of %s", f"{draws:,}", name)
+
+    def __iter__(self) -> "BatchIterator":
+        """An iterator over `batch.Batch`es of numpy arrays; `grain.checkpoint` saves its state."""
+        return BatchIterator(self._config, self._reader, self.shard)
+
+    def on_devices(self, mesh: jax.sharding.Mesh) -> grain.DatasetIterator:
+        """The same, some batches ahead and on the mesh. The state is that of the last batch handed out."""
+        batches = _Batches(self).map(lambda batch: to_devices(batch, mesh))
+        return iter(
+            grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self._config.prefetch)
+        )
+
+    def steps_per_epoch(self, probe: int = 1024) -> int:
+        """Batches that take one epoch of the mixture.
+
+        With packing the number of rows is not known beforehand; it is estimated by packing the first
+        `probe` samples, without their images. It is the same for any number of processes.
+        """
+        config, epoch = self._config, self._reader.mixture.epoch
         if not config.packing:
-            return math.ceil(self.num_records / config.batch_size)
-        rows = 0.0
-        for name, dataset in self._datasets.items():
-            step = max(1, len(dataset) // probe)
-            samples = [self._sample(name, dataset[i], i) for i in range(0, len(dataset), step)]
-            fills = [
-                max(len(s["tokens"]) / config.form.length, len(s["images"]) / config.form.image_slots)
-                for s in samples
-                if s is not None
-            ]
-            rows += len(dataset) * sum(fills) / max(1, len(fills))
-        return max(1, math.ceil(rows / config.batch_size))
+            return math.ceil(epoch / config.batch_size)
+        positions = range(max(probe, 8 * config.packing_window))
+        with concurrent.futures.ThreadPoolExecutor(max(1, config.num_threads)) as pool:
+            found = list(pool.map(self._reader.size, positions))
+        sizes = [size for size in found if size is not None]
+        rows = placed = 0
+        for row in packing.pack(sizes, _same, window=config.packing_window, **_budgets(config)):
+            if rows and placed + config.packing_window > len(sizes):
+                break  # From here on the window drains; a long run hardly sees that.
+            rows, placed = rows + 1, placed + len(row)
+        per_record = rows / max(1, placed) * len(sizes) / len(found)
+        return max(1, math.ceil(epoch * per_record / config.batch_size))
 
-    def _mixture(self) -> grain.MapDataset:
-        """Elements (source name, stored example, index), shuffled anew in each epoch."""
-        parts, weights = [], []
-        for offset, (name, dataset) in enumerate(self._datasets.items()):
-            part = grain.MapDataset.range(len(dataset)).shuffle(seed=self._config.seed + offset)
-            read = functools.partial(_read, name, dataset)
-            parts.append(part.repeat(None).map(read))
-            weights.append(self._config.sources[name].weight or float(len(dataset)))
-        return grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]
+    def resharded(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state with which this process goes on where processes of another number stopped.
 
-    def _sample(self, name: str, example: dict[str, Any], index: int) -> dict[str, Any] | None:
-        """The encoded sample, or None (which Grain passes over) if the record is bad."""
+        Args:
+          states: of all processes of the run that stopped, in any order.
+        """
+        state = reshard(states, self.shard)
+        (index, count), old = self.shard, states[0]["shard"][1]
+        log.warning(
+            "process %d of %d goes on where %d processes stopped: no record is read twice and none left "
+            "out, but rows and batches are others (%d records that waited for a row come first)",
+            index,
+            count,
+            old,
+            len(state["leftover"]),
+        )
+        return state
+
+
+class _Batches(grain.IterDataset):
+    """A `Loader` as Grain wants it."""
+
+    def __init__(self, loader: Loader):
+        super().__init__()
+        self._loader = loader
+
+    def __iter__(self) -> "BatchIterator":
+        return iter(self._loader)
+
+
+class BatchIterator(grain.DatasetIterator):
+    """See `Loader.__iter__`.
+
+    The processes share one sequence of positions in the mixture: `leftover`, then all from `start` on.
+    Each takes every n-th. Its state says how many of its own it has read, and which of those still wait
+    for a row; they are read again on resuming. Nothing in it depends on threads or workers.
+    """
+
+    def __init__(self, config: LoaderConfig, reader: Reader, shard: tuple[int, int]):
+        super().__init__()
+        self._config, self._reader, self._shard = config, reader, shard
+        self._rows = config.batch_size // shard[1]
+        self._budgets, self._window = _budgets(config), config.packing_window if config.packing else 1
+        self._elements: grain.DatasetIterator | None = None
+        self._waiting: list[Element] = []
+        self._dropped_in_a_row = 0
+        self._reset(_first_state(reader, shard))
+
+    def __next__(self) -> Batch:
+        if self._pending:
+            self._read_again()
+        rows = [[element["sample"] for element in self._next_row()] for _ in range(self._rows)]
+        return from_rows(rows, self._config.form.length, self._config.form.image_slots)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able; the position after the last batch, and the counts until there."""
+        waiting = self._pending or [element["position"] for element in self._waiting]
+        return copy.deepcopy(self._state | {"pending": waiting})
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on after the batch at which `get_state` was called.
+
+        Raises:
+          ValueError: if it is the state of another process, or of another number of them.
+        """
+        if tuple(state["shard"]) != self._shard:
+            raise ValueError(
+                f"the state is of process {state['shard'][0]} of {state['shard'][1]}, this is "
+                f"{self._shard[0]} of {self._shard[1]}; use Loader.resharded"
+            )
+        if state["order"] != self._reader.mixture.fingerprint:
+            log.warning(
+                "the data is not what this run began with (sources, their records, weights or seed): it goes "
+                "on at the same position of another order, so records may be read twice or not at all"
+            )
+        self._reset(state | {"order": self._reader.mixture.fingerprint})
+
+    def close(self) -> None:
+        """Ends threads and worker processes."""
+        super().close()
+        if self._elements is not None:
+            self._elements.close()
+            self._elements = None
+
+    def _reset(self, state: dict[str, Any]) -> None:
+        if self._elements is not None:
+            self._elements.close()
+            self._elements = None
+        self._state = copy.deepcopy(state)
+        self._pending: list[int] = self._state.pop("pending")
+        self._waiting = []
+
+    def _next_row(self) -> list[Element]:
+        while len(self._waiting) < self._window:
+            element = self._next_element()
+            if "dropped" in element:
+                self._drop(element)
+            else:
+                self._dropped_in_a_row = 0
+                self._waiting.append(element)
+        row = packing.take_row(self._waiting, operator.itemgetter("size"), **self._budgets)
+        for element in row:
+            self._count(element, "used")
+            if element["replaced"]:
+                self._count(element, "replaced")
+            if element["sample"]["cut"]:
+                self._count(element, "cut")
+        return row
+
+    def _next_element(self) -> Element:
+        if self._elements is None:
+            self._elements = self._open()
         try:
-            record, images = build.decode_example(example, source=name, index=index)
-            sample = make_sample(record, images, self._config.form, self._tokenizer)
-        except (RecordError, ImageError) as error:
-            if self.skipped.add(error):
-                log.warning("skipping a record of %s: %s", name, error)
-            if not self._any_good and self.skipped.total >= self.num_records:
-                # Or the search for a good one would go on forever.
-                raise ValueError(f"no record of {', '.join(self._datasets)} can be used: {error}") from error
-            return None
-        self._any_good = True
-        return sample
+            element = next(self._elements)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            self.close()
+            raise RuntimeError(
+                f"a data worker process died ({error.args[0].split('. ')[0]}). Was it out of memory? Try "
+                "fewer data.num_workers or data.num_threads; the run resumes from its last checkpoint"
+            ) from error
+        self._state["read"] += 1
+        # Out of the workers' shared memory, of which there may be little.
+        return jax.tree.map(_own, element) if self._config.num_workers else element
+
+    def _drop(self, element: Element) -> None:
+        if self._count(element, element["dropped"]) == 1:
+            log.warning("leaving out a record of %s: %s", element["source"], element["error"])
+        self._dropped_in_a_row += 1
+        if self._dropped_in_a_row >= self._reader.mixture.epoch:
+            # Or the search for a good one would go on forever.
+            names = ", ".join(self._config.sources)
+            raise ValueError(f"no record of {names} can be used: {element['error']}")
+
+    def _count(self, element: Element, what: str) -> int:
+        counts = self._state["counts"].setdefault(element["source"], {})
+        counts[what] = counts.get(what, 0) + 1
+        return counts[what]
+
+    def _read_again(self) -> None:
+        """What waited for a row when the state was taken."""
+        with concurrent.futures.ThreadPoolExecutor(max(1, self._config.num_threads)) as pool:
+            elements = list(pool.map(self._reader, self._pending))
+        for element in elements:
+            if "dropped" in element:
+                log.warning("left out on resuming, though it was good before: %s", element["error"])
+        self._waiting = [element for element in elements if "sample" in element]
+        self._pending = []
+
+    def _open(self) -> grain.DatasetIterator:
+        """The elements from where the state says on."""
+        config, state = self._config, self._state
+        samples = _Elements(self._reader, state["leftover"], state["start"], self._shard, state["read"])
+        buffer = max(2 * config.num_threads, 1)
+        elements = grain.MapDataset.source(samples).to_iter_dataset(
+            grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=buffer)
+        )
+        if config.num_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which are not ours.
+            # Small arrays are cheaper to send than to share.
+            options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
+            elements = grain.experimental.WithOptionsIterDataset(elements, options).mp_prefetch(
+                grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=buffer),
+                worker_init_fn=_Worker(os.getpid()),
+            )
+        return iter(elements)
 
 
-def _read(name: str, dataset: Any, index: int) -> tuple[str, dict[str, Any], int]:
-    return name, dataset[index], index
+class _Elements:
+    """What a process reads, from its `offset`-th position on: a random-access source as Grain wants it."""
+
+    def __init__(
+        self, reader: Reader, leftover: Sequence[int], start: int, shard: tuple[int, int], offset: int
+    ):
+        self._reader, self._leftover, self._start = reader, list(leftover), start
+        self._shard, self._offset = shard, offset
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, i: int) -> Element:
+        index, count = self._shard
+        return self._reader(_position(self._leftover, self._start, index + (self._offset + i) * count))
+
+
+class _Worker:
+    """What a worker process does first: it must not outlive a loader that was killed."""
+
+    def __init__(self, parent: int):
+        self._parent = parent
+
+    def __call__(self, index: int, count: int) -> None:
+        # Ctrl-C is the loader's to handle; and no worker ever touches an accelerator.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        jax.config.update("jax_platforms", "cpu")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while os.getppid() == self._parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+
+def reshard(states: Sequence[dict[str, Any]], shard: tuple[int, int]) -> dict[str, Any]:
+    """A `BatchIterator` state for one of a new number of processes.
+
+    What the old processes had not put into a batch, up to the last position that any of them had read,
+    is dealt out first; then the order goes on.
+
+    Args:
+      states: those of all old processes.
+      shard: (index, count) of the new process.
+
+    Raises:
+      ValueError: if one is missing or they are not of the same moment.
+    """
+    states = sorted(states, key=lambda state: state["shard"][0])
+    first = states[0]
+    count = first["shard"][1]
+    if [tuple(state["shard"]) for state in states] != [(i, count) for i in range(count)]:
+        found = ", ".join(str(state["shard"][0]) for state in states)
+        raise ValueError(f"the data state of {count} processes is needed; found those of {found}")
+    if any(state[key] != first[key] for state in states for key in ("order", "leftover", "start")):
+        raise ValueError("the data states of the processes are not of one run")
+    end = max(i + state["read"] * count for i, state in enumerate(states))
+    unread = [n for i, state in enumerate(states) for n in range(i + state["read"] * count, end, count)]
+    # All of `leftover` is dealt out anew, read or not.
+    unread += range(end, len(first["leftover"]))
+    places = [_position(first["leftover"], first["start"], n) for n in unread]
+    pending = [position for state in states for position in state["pending"]]
+    total: collections.defaultdict[str, collections.Counter[str]] = collections.defaultdict(
+        collections.Counter
+    )
+    for state in states:
+        for name, counts in state["counts"].items():
+            total[name].update(counts)
+    return first | {
+        "shard": list(shard),
+        "leftover": sorted(pending + places),
+        "start": first["start"] + max(0, end - len(first["leftover"])),
+        "read": 0,
+        "pending": [],
+        "counts": {name: dict(counts) for name, counts in total.items()} if shard[0] == 0 else {},
+    }
+
+
+def dropped(counts: Counts) -> int:
+    """How many records were left out, of all that `BatchIterator` counted."""
+    return sum(n for source in counts.values() for what, n in source.items() if what not in USED)
+
+
+def _position(leftover: Sequence[int], start: int, n: int) -> int:
+    """The n-th of the positions that all processes share."""
+    return leftover[n] if n < len(leftover) else start + n - len(leftover)
+
+
+def _first_state(reader: Reader, shard: tuple[int, int]) -> dict[str, Any]:
+    order = {"order": reader.mixture.fingerprint, "shard": list(shard), "leftover": [], "start": 0}
+    return order | {"read": 0, "pending": [], "counts": {}}
+
+
+def _budgets(config: LoaderConfig) -> dict[str, int]:
+    return {"length": config.form.length, "image_slots": config.form.image_slots}
+
+
+def _same(size: tuple[int, int]) -> tuple[int, int]:
+    return size
+
+
+def _own(leaf: Any) -> Any:
+    return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf

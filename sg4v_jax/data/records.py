@@ -8,22 +8,29 @@ A record without `image` is text only. Other keys (`model`, ...) are ignored.
 """
 
 import dataclasses
-import json
+import functools
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
+
+from etils import epath
+
+from sg4v_jax.data.json_stream import Position, RecordError, read_entries
+
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "Record",
+    "RecordError",
+    "Turn",
+    "image_names",
+    "parse_record",
+    "read_records",
+    "resolve_image",
+    "to_json",
+]
 
 IMAGE_PLACEHOLDER = "<image>"
-
-_CHUNK = 1 << 20
-_LARGEST_RECORD = 1 << 26
-_SPACE = re.compile(r"[ \t\n\r]*")
-
-
-class RecordError(ValueError):
-    """A data file or one of its records can't be used; the message says where, what and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Record:
     turns: tuple[Turn, ...]
 
 
-def parse_record(obj: object, *, source: str, index: int) -> Record:
+def parse_record(obj: object, *, source: str, index: int | Position, answered: bool = True) -> Record:
     """Checks one decoded JSON object and makes it a `Record`.
 
     What ShareGPT4V's train.py does, and what differs here:
@@ -62,22 +69,33 @@ def parse_record(obj: object, *, source: str, index: int) -> Record:
     Args:
         obj: what the JSON decoder gave.
         source: the file's name, for messages.
-        index: the record's number in the file, from 0, for messages; also the id of a record that
-            has none.
+        index: the record's number in the file, from 0, or its position, for messages; the number is
+            also the id of a record that has none.
+        answered: False also takes a last question without an answer, as images to caption have.
 
     Raises:
-        RecordError: the message names file, record, key, what was found and the fix.
+        RecordError: the message names file, record, key, what was found and the fix; its `kind` is
+            one of `data.defects.KINDS`.
     """
-    where = f"{source}: record {index}"
+    where = f"{source}: {f'record {index}' if isinstance(index, int) else index}"
     if not isinstance(obj, Mapping):
         raise RecordError(f"{where}: expected a JSON object, found {_show(obj)}")
-    id_ = obj.get("id", index)
+    id_ = obj.get("id", index if isinstance(index, int) else index.index)
     if not isinstance(id_, (str, int)) or isinstance(id_, bool):
         raise RecordError(f"{where}: 'id' is {_show(id_)}; make it a string")
+    _check_text(str(id_), f"{where}: 'id'")
     where += f" (id {str(id_)!r})"
     images = _parse_images(obj, where)
-    turns = _parse_turns(obj, where)
+    turns = _parse_turns(obj, where, answered)
     return Record(str(id_), images, _fit_placeholders(turns, len(images), where))
+
+
+def image_names(obj: object) -> tuple[str, ...]:
+    """The image paths of a decoded JSON object whose conversation may be bad; none if they are, too."""
+    try:
+        return _parse_images(obj, "") if isinstance(obj, Mapping) else ()
+    except RecordError:
+        return ()
 
 
 def to_json(record: Record) -> dict[str, Any]:
@@ -92,56 +110,52 @@ def to_json(record: Record) -> dict[str, Any]:
 def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Reads the objects of a JSON array or a JSONL file one by one.
 
-    The file is never in memory as a whole: a chunk of text and one object at a time are.
+    The file is never in memory as a whole; see `data.json_stream`, which also reads past mistakes.
 
     Raises:
-        RecordError: not UTF-8, not JSON, cut off, or an entry that is no object; the message names
-            file, record, line and (in an array) the character offset.
+        RecordError: at the first entry that is broken or no object, and at a file that is cut off;
+            the message names file, record, line and byte.
     """
-    # Universal newlines stay on: no JSON string holds a raw line break, and lines count right.
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            first = _first_character(file)
-            file.seek(0)
-            if first == "[":
-                yield from _ArrayReader(file, os.fspath(path)).objects()
-            elif first == "{":
-                yield from _read_lines(file, os.fspath(path))
-            else:
-                found = f"starts with {first!r}" if first else "is empty"
-                raise RecordError(
-                    f"{os.fspath(path)}: the file {found}; expected a JSON array of records ('[') "
-                    "or one JSON object on each line ('{')"
-                )
-        except UnicodeDecodeError as error:
+    for entry in read_entries(path):
+        if entry.error:
+            raise entry.error
+        if not isinstance(entry.value, dict):
             raise RecordError(
-                f"{os.fspath(path)}: not UTF-8 text ({error.reason}); is it compressed, or an "
-                "image? Unpack it, or save it as UTF-8"
-            ) from error
+                f"{os.fspath(path)}: {entry.position}: expected a JSON object, found {_show(entry.value)}"
+            )
+        yield entry.value
 
 
-def resolve_image(root: str | os.PathLike[str], relative: str | os.PathLike[str]) -> pathlib.Path:
+def resolve_image(root: str | os.PathLike[str], relative: str | os.PathLike[str]) -> epath.Path:
     """Finds a record's image below the image root. Does not check that the file exists.
+
+    The root may be a URI (`gs://bucket/data`); object stores have no links to follow.
 
     Raises:
         RecordError: the path is absolute, or leaves the root by `..` or through a symbolic link.
     """
+    refuse = functools.partial(RecordError, kind="path_outside")
     text = os.fspath(relative)
     pure = pathlib.PurePosixPath(text.replace("\\", "/"))
     if not text.strip() or "\0" in text:
-        raise RecordError(f"image path {text!r} is empty or holds a NUL; name a file")
-    if pure.is_absolute() or pathlib.PureWindowsPath(text).drive:
-        raise RecordError(f"image path {text!r} is absolute; make it relative to the image root")
+        raise refuse(f"image path {text!r} is empty or holds a NUL; name a file")
+    if pure.is_absolute() or pathlib.PureWindowsPath(text).drive or "://" in text:
+        raise refuse(f"image path {text!r} is absolute; make it relative to the image root")
     if ".." in pure.parts:
-        raise RecordError(f"image path {text!r} holds '..'; name the file below the image root")
+        raise refuse(f"image path {text!r} holds '..'; name the file below the image root")
+    if "://" in os.fspath(root):
+        return epath.Path(root) / text
     base = pathlib.Path(root).resolve()
-    path = (base / text).resolve()
+    try:
+        path = (base / text).resolve()
+    except (OSError, RuntimeError) as error:  # A link to itself.
+        raise refuse(f"image path {text!r} can't be followed below {base}: {error}") from error
     if not path.is_relative_to(base):
-        raise RecordError(
+        raise refuse(
             f"image path {text!r} leads out of the image root {base}, to {path}, through a "
             "symbolic link; move the files, mount them there, or choose a root that holds both"
         )
-    return path
+    return epath.Path(path)
 
 
 def _parse_images(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -158,15 +172,18 @@ def _parse_images(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
             f"{where}: 'image' is {_show(value)}; give a path or a list of paths, or leave the key "
             "out of a text-only record"
         )
+    for name in names:
+        _check_text(name, f"{where}: 'image'")
     return tuple(names)
 
 
-def _parse_turns(obj: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+def _parse_turns(obj: Mapping[str, Any], where: str, answered: bool) -> tuple[Turn, ...]:
     entries = obj.get("conversations")
     if not isinstance(entries, list):
         raise RecordError(
             f"{where}: 'conversations' is {_show(entries) if entries is not None else 'missing'}; "
-            "give a list of turns"
+            "give a list of turns",
+            "malformed_conversation",
         )
     turns = [_parse_turn(entry, f"{where}: conversations[{i}]") for i, entry in enumerate(entries)]
     skipped = 1 if turns and turns[0].role != "human" else 0
@@ -176,37 +193,47 @@ def _parse_turns(obj: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
         if turn.role != expected:
             raise RecordError(
                 f"{where}: conversations[{i + skipped}]: 'from' is {turn.role!r}, expected "
-                f"{expected!r}; turns must alternate: join or remove neighbours by the same side"
+                f"{expected!r}; turns must alternate: join or remove neighbours by the same side",
+                "wrong_alternation",
             )
         if turn.role == "gpt" and not turn.text.strip():
             raise RecordError(
                 f"{where}: conversations[{i + skipped}]: 'value' is empty; write the answer, or "
-                "remove it and its question"
+                "remove it and its question",
+                "empty_answer",
             )
-    if len(turns) < 2 or len(turns) % 2:
+    if not turns or (answered and len(turns) % 2):
         raise RecordError(
             f"{where}: 'conversations' has {len(turns)} usable turns and must end with an answer; "
-            "add the answer, or remove the last question"
+            "add the answer, or remove the last question",
+            "no_answer",
         )
     return tuple(turns)
 
 
 def _parse_turn(entry: object, where: str) -> Turn:
     if not isinstance(entry, Mapping):
-        raise RecordError(f"{where}: expected an object with 'from' and 'value', {_show(entry)}")
+        raise RecordError(
+            f"{where}: expected an object with 'from' and 'value', {_show(entry)}", "malformed_conversation"
+        )
     role, text = entry.get("from"), entry.get("value")
     if role not in ("human", "gpt"):
-        raise RecordError(f"{where}: 'from' is {_show(role)}; use 'human' or 'gpt'")
+        raise RecordError(f"{where}: 'from' is {_show(role)}; use 'human' or 'gpt'", "malformed_conversation")
     if not isinstance(text, str):
-        raise RecordError(f"{where}: 'value' is {_show(text)}; make it a string")
+        raise RecordError(f"{where}: 'value' is {_show(text)}; make it a string", "malformed_conversation")
+    _check_text(text, f"{where}: 'value'")
+    return Turn(role, text)
+
+
+def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RecordError(
-            f"{where}: 'value' holds half of a surrogate pair at character {error.start}; replace "
-            "it (a broken \\ud83d-style escape)"
+            f"{where} holds half of a surrogate pair at character {error.start}; replace it (a broken "
+            "\\ud83d-style escape)",
+            "broken_text",
         ) from error
-    return Turn(role, text)
 
 
 def _fit_placeholders(turns: tuple[Turn, ...], images: int, where: str) -> tuple[Turn, ...]:
@@ -227,129 +254,14 @@ def _fit_placeholders(turns: tuple[Turn, ...], images: int, where: str) -> tuple
     else:
         raise RecordError(
             f"{where}: 'image' names {images} image(s), the questions hold {found} "
-            f"{IMAGE_PLACEHOLDER}; write one {IMAGE_PLACEHOLDER} for each image"
+            f"{IMAGE_PLACEHOLDER}; write one {IMAGE_PLACEHOLDER} for each image",
+            "image_count",
         )
     for i, turn in enumerate(fitted):
         if not turn.text.strip():
-            raise RecordError(f"{where}: question {i // 2} is empty; write it, or remove it and its answer")
+            message = f"{where}: question {i // 2} is empty; write it, or remove it and its answer"
+            raise RecordError(message, "empty_question")
     return fitted
-
-
-def _read_lines(file: TextIO, source: str) -> Iterator[dict[str, Any]]:
-    index = 0
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        where = f"{source}: record {index}, line {number}"
-        try:
-            obj = json.loads(line.rstrip())
-        except json.JSONDecodeError as error:
-            raise RecordError(
-                f"{where}, column {error.colno}: {error.msg}; a JSONL file holds one whole object "
-                "on each line"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"{where}: {error}; nested too deep, or a number too long") from error
-        if not isinstance(obj, dict):
-            raise RecordError(f"{where}: expected a JSON object, found {_show(obj)}")
-        yield obj
-        index += 1
-
-
-class _ArrayReader:
-    """Decodes a JSON array of objects from a growing and shrinking buffer of text."""
-
-    def __init__(self, file: TextIO, source: str):
-        self._file = file
-        self._source = source
-        self._decoder = json.JSONDecoder()
-        self._buffer = ""
-        self._at = 0  # in the buffer
-        self._dropped = 0  # characters before the buffer
-        self._lines = 0  # line breaks before the buffer
-        self._index = 0
-
-    def objects(self) -> Iterator[dict[str, Any]]:
-        self._next_character()
-        self._at += 1  # the opening bracket, which the caller saw
-        character = self._next_character()
-        while character != "]" or self._index:
-            if character != "{":
-                raise self._error("expected a record ('{')" + self._found(character))
-            yield self._object()
-            self._index += 1
-            character = self._next_character()
-            if character == "]":
-                break
-            if character != ",":
-                raise self._error("expected ',' or ']' after a record" + self._found(character))
-            self._at += 1
-            character = self._next_character()
-        self._at += 1
-        character = self._next_character()
-        if character:
-            raise self._error("expected nothing after the array's ']'" + self._found(character))
-
-    def _object(self) -> dict[str, Any]:
-        while True:
-            try:
-                obj, self._at = self._decoder.raw_decode(self._buffer, self._at)
-                return dict(obj)
-            except json.JSONDecodeError as error:
-                # An error right at the buffer's end, or an open string, may be just a cut; the
-                # longest token that can look wrong when cut is far shorter than 32 characters.
-                open_string = error.msg.startswith("Unterminated string")
-                cut = open_string or len(self._buffer) - error.pos < 32
-                size = len(self._buffer) - self._at
-                if cut and size < _LARGEST_RECORD and self._read(max(_CHUNK, size)):
-                    continue
-                message = f"{error.msg}; the record is broken from there on"
-                if cut:
-                    message += " or the file is cut off: compare its size with the original's"
-                self._at = error.pos
-                raise self._error(message) from error
-            except (ValueError, RecursionError) as error:
-                raise self._error(f"{error}; nested too deep, or a number too long") from error
-
-    def _next_character(self) -> str:
-        """Moves to the next character that is not space; returns it, or "" at the end."""
-        while True:
-            match = _SPACE.match(self._buffer, self._at)
-            assert match is not None
-            self._at = match.end()
-            if self._at < len(self._buffer):
-                return self._buffer[self._at]
-            if not self._read(_CHUNK):
-                return ""
-
-    def _read(self, size: int) -> bool:
-        """Drops what is decoded and reads on; False at the end of the file."""
-        text = self._file.read(size)
-        if not text:
-            return False
-        self._lines += self._buffer.count("\n", 0, self._at)
-        self._dropped += self._at
-        self._buffer = self._buffer[self._at :] + text
-        self._at = 0
-        return True
-
-    def _error(self, message: str) -> RecordError:
-        line = self._lines + self._buffer.count("\n", 0, self._at) + 1
-        return RecordError(
-            f"{self._source}: record {self._index}, line {line}, character "
-            f"{self._dropped + self._at}: {message}"
-        )
-
-    @staticmethod
-    def _found(character: str) -> str:
-        return f", found {character!r}" if character else ", found the end: the file is cut off"
-
-
-def _first_character(file: TextIO) -> str:
-    while text := file.read(_CHUNK):
-        if text := text.lstrip(" \t\n\r"):
-            return text[0]
-    return ""
 
 
 def _show(value: object) -> str:

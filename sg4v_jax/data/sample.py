@@ -1,16 +1,23 @@
 """One record to one training sample: tokens, targets, supervision and images."""
 
-import collections
 import dataclasses
-import threading
-from typing import Any
 
 import numpy as np
 
 from sg4v_jax.data.conversation import IMAGE_TOKEN, encode_training, get_template, place_images
-from sg4v_jax.data.image import load_image, preprocess
+from sg4v_jax.data.image import ASPECTS, load_image, preprocess
 from sg4v_jax.data.records import Record, RecordError, Turn
 from sg4v_jax.data.tokenizer import Tokenizer
+
+TOO_LONG = ("cut", "cut_text", "drop")
+
+
+class SampleError(RecordError):
+    """A good record that makes no sample in this run; `reason` is what it is counted as."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +30,12 @@ class SampleFormat:
       prompt: replaces the text of every human turn when set: a captioner is trained on one prompt.
       image_size: side of the model's input image in pixels.
       image_tokens: features per image.
-      length: longest sample, counted after images are expanded; longer ones are cut at the end.
+      length: tokens per row, which no sample exceeds.
       image_slots: most images per sample.
+      max_tokens: tokens of the longest sample; None means `length`.
+      too_long: what happens to longer ones. `cut` counts tokens after images are expanded and cuts the
+        end off; `cut_text` counts an image as one token, as the original does (spec 3.8), so that a
+        sample may have `image_tokens - 1` more for each image; `drop` leaves the record out.
     """
 
     template: str
@@ -34,12 +45,91 @@ class SampleFormat:
     image_tokens: int
     length: int
     image_slots: int
+    max_tokens: int | None = None
+    too_long: str = "cut"
+
+    def __post_init__(self) -> None:
+        get_template(self.template)
+        if self.aspect not in ASPECTS:
+            raise ValueError(f"data.aspect={self.aspect!r} is not one of {ASPECTS}")
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"data.too_long={self.too_long!r} is not one of {TOO_LONG}")
+        if self.max_tokens is not None and not 0 < self.max_tokens <= self.length:
+            raise ValueError(
+                f"data.max_tokens={self.max_tokens} must be positive and at most data.seq_len={self.length}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A record as tokens, before any image is read.
+
+    Attributes:
+      tokens: int32[n]; 0 where an image feature goes.
+      mask: bool[n], which tokens are supervised.
+      is_image: bool[n].
+      images: how many of the record's images are left.
+      cut: how many tokens were cut off.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    is_image: np.ndarray
+    images: int
+    cut: int
+
+
+def encode_sample(record: Record, form: SampleFormat, tokenizer: Tokenizer) -> Encoded:
+    """Writes and encodes a record's turns, and cuts them to length.
+
+    Raises:
+      SampleError: if there are more images than slots, nothing is left to learn from, or the record
+        is too long where such records are dropped.
+      RecordError: if the template can't write it.
+    """
+    if len(record.images) > form.image_slots:
+        raise SampleError(
+            "too many images",
+            f"record {record.id!r} has {len(record.images)} images, more than data.image_slots="
+            f"{form.image_slots}; raise it or drop the record",
+        )
+    turns = record.turns
+    if form.prompt:
+        turns = tuple(_with_prompt(turn, form.prompt) for turn in turns)
+    has_images = bool(record.images)
+    turns = place_images(turns) if has_images else turns
+    try:
+        encoded = encode_training(get_template(form.template), turns, tokenizer, has_images=has_images)
+    except ValueError as error:
+        raise RecordError(f"record {record.id!r}: {error}") from error
+    ids, mask = encoded.tokens, encoded.loss_mask
+    full = len(ids) + int((ids == IMAGE_TOKEN).sum()) * (form.image_tokens - 1)
+    limit = form.max_tokens or form.length
+    if form.too_long == "cut_text":
+        ids, mask, limit = ids[:limit], mask[:limit], form.length
+    tokens, mask, is_image = expand_images(ids, mask, form.image_tokens)
+    end = _cut_at(is_image, limit, form.image_tokens)
+    tokens, mask, is_image = tokens[:end], mask[:end], is_image[:end]
+    if full > len(tokens) and form.too_long == "drop":
+        raise SampleError(
+            "too long",
+            f"record {record.id!r} is {full} tokens long, more than {_limit_name(form)}; raise it, or set "
+            "data.too_long=cut",
+        )
+    # The first token is predicted from nothing.
+    if not mask[1:].any():
+        raise SampleError(
+            "nothing to learn",
+            f"record {record.id!r} has no supervised token within {_limit_name(form)}: it is {full} tokens "
+            "long",
+        )
+    return Encoded(tokens, mask, is_image, int(is_image.sum()) // form.image_tokens, full - len(tokens))
 
 
 def make_sample(
     record: Record, images: list[bytes], form: SampleFormat, tokenizer: Tokenizer
 ) -> dict[str, np.ndarray]:
-    """Encodes a record.
+    """Encodes a record with its images.
 
     Args:
       record: a validated record.
@@ -48,48 +138,26 @@ def make_sample(
       tokenizer: the text tokenizer.
 
     Returns:
-      `tokens` int32[n], `targets` int32[n], `loss_weights` float32[n], `is_image` int32[n] and
-      `images` uint8[m, size, size, 3].
+      `tokens` int32[n], `targets` int32[n], `loss_weights` float32[n], `is_image` int32[n], `images`
+      uint8[m, size, size, 3], and `cut` int32[], the tokens that were cut off.
 
     Raises:
-      RecordError: if there are more images than slots, or nothing is left to learn from.
+      RecordError: see `encode_sample`.
       ImageError: if an image can't be read.
     """
-    if len(record.images) > form.image_slots:
-        raise RecordError(
-            f"record {record.id!r} has {len(record.images)} images, more than data.image_slots="
-            f"{form.image_slots}; raise it or drop the record"
-        )
-    turns = record.turns
-    if form.prompt:
-        turns = tuple(_with_prompt(turn, form.prompt) for turn in turns)
-    template = get_template(form.template)
-    has_images = bool(record.images)
-    turns = place_images(turns) if has_images else turns
-    try:
-        encoded = encode_training(template, turns, tokenizer, has_images=has_images)
-    except ValueError as error:
-        raise RecordError(f"record {record.id!r}: {error}") from error
-    tokens, mask, is_image = expand_images(encoded.tokens, encoded.loss_mask, form.image_tokens)
+    encoded = encode_sample(record, form, tokenizer)
+    pixels = np.empty((encoded.images, form.image_size, form.image_size, 3), np.uint8)
+    for slot in range(encoded.images):
+        image = load_image(images[slot], name=record.images[slot])
+        pixels[slot] = preprocess(image, size=form.image_size, aspect=form.aspect)
     # A position predicts the next token; the last one has nothing to predict.
-    targets = np.append(tokens[1:], 0)[: form.length].astype(np.int32)
-    weights = np.append(mask[1:], False)[: form.length].astype(np.float32)
-    if not weights.any():
-        raise RecordError(
-            f"record {record.id!r} has no supervised token within data.seq_len={form.length}: "
-            f"it is {len(tokens)} tokens long"
-        )
-    pixels = [
-        preprocess(load_image(data, name=name), size=form.image_size, aspect=form.aspect)
-        for name, data in zip(record.images, images, strict=True)
-    ]
-    shape = (0, form.image_size, form.image_size, 3)
     return {
-        "tokens": tokens[: form.length],
-        "targets": targets,
-        "loss_weights": weights,
-        "is_image": is_image[: form.length].astype(np.int32),
-        "images": np.stack(pixels) if pixels else np.zeros(shape, np.uint8),
+        "tokens": encoded.tokens,
+        "targets": np.append(encoded.tokens[1:], 0).astype(np.int32),
+        "loss_weights": np.append(encoded.mask[1:], False).astype(np.float32),
+        "is_image": encoded.is_image.astype(np.int32),
+        "images": pixels,
+        "cut": np.array(encoded.cut, np.int32),
     }
 
 
@@ -113,31 +181,18 @@ def expand_images(
     return np.where(is_image, 0, expanded).astype(np.int32), np.repeat(mask, repeats), is_image
 
 
+def _limit_name(form: SampleFormat) -> str:
+    if form.max_tokens is None:
+        return f"data.seq_len={form.length}"
+    return f"data.max_tokens={form.max_tokens}"
+
+
 def _with_prompt(turn: Turn, prompt: str) -> Turn:
     if turn.role != "human":
         return turn
     return Turn("human", "<image>\n" * turn.text.count("<image>") + prompt)
 
 
-class Skipped:
-    """Counts the records a run passes over, and why; safe to share between threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.reasons: collections.Counter[str] = collections.Counter()
-        self.examples: dict[str, str] = {}
-
-    def add(self, error: Exception) -> bool:
-        """Counts one; True if its kind had not been seen before (worth a log line)."""
-        kind = type(error).__name__
-        with self._lock:
-            self.reasons[kind] += 1
-            return self.examples.setdefault(kind, str(error)) == str(error)
-
-    @property
-    def total(self) -> int:
-        return sum(self.reasons.values())
-
-    def summary(self) -> dict[str, Any]:
-        """Counts by kind, with the first message of each."""
-        return {kind: {"count": count, "first": self.examples[kind]} for kind, count in self.reasons.items()}
+def _cut_at(is_image: np.ndarray, limit: int, image_tokens: int) -> int:
+    """Where to cut so that at most `limit` tokens are left, and of each image all or nothing."""
+    return limit - int(is_image[:limit].sum()) % image_tokens

@@ -19,7 +19,10 @@ def read_jsonl(path: str | os.PathLike[str], keys: tuple[str, ...]) -> list[dict
       ValueError: naming the line that isn't JSON or lacks one of `keys`.
     """
     lines = []
-    for number, text in enumerate(pathlib.Path(path).read_text().splitlines(), start=1):
+    # Not `str.splitlines`: questions may hold what Unicode calls a line break.
+    for number, text in enumerate(pathlib.Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+        if not text.strip():
+            continue
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:

@@ -23,7 +23,10 @@ def attention(
     mask = _mask(q_length, key.shape[1], causal, segment_ids, kv_lengths)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if kv_lengths is not None:  # A row that sees nothing gets zeros.
+        weights = jnp.where((kv_lengths > 0)[:, None, None, None, None], weights, 0)
+    weights = weights.astype(value.dtype)
     attended = jnp.einsum("bkgqt,btkd->bqkgd", weights, value)
     return attended.reshape(batch, q_length, heads, head_dim)
 

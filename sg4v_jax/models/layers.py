@@ -58,6 +58,16 @@ class Linear(nnx.Module):
         y = jnp.tensordot(x, self.kernel[...], axes=self.num_contracted)
         return y if self.bias is None else y + self.bias[...]
 
+    def flat(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
+        """The same with all axes of `in_shape`, and of the output, in one: [..., in] to [..., out].
+
+        Heads of fewer than 128 lanes make XLA lay products out as [heads, head_dim, length], which a
+        kernel would have to have copied. Merged, they come as the kernel reads them.
+        """
+        kernel = self.kernel[...]
+        y = x @ kernel.reshape(x.shape[-1], -1)
+        return y if self.bias is None else y + self.bias[...].reshape(-1)
+
 
 class LayerNorm(nnx.Module):
     """Layer norm over the last axis, in float32."""

@@ -33,7 +33,11 @@ class Attention(nnx.Module):
         self.out = Linear(heads, (config.hidden_size,), ("heads", "head_dim", "embed"), bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "images length d"]) -> Float[Array, "images length d"]:
-        return self.out(attention(self.query(x), self.key(x), self.value(x), causal=False))
+        heads = self.query.kernel.shape[1:]
+        layers = (self.query, self.key, self.value)
+        query, key, value = (layer.flat(x).reshape(*x.shape[:-1], *heads) for layer in layers)
+        attended = attention(query, key, value, causal=False)
+        return self.out.flat(attended.reshape(*x.shape[:-1], -1))
 
 
 class MLP(nnx.Module):

@@ -3,14 +3,15 @@
 import os
 
 import jax
+from jax._src import cloud_tpu_init
 
 
 def initialize() -> None:
     """Joins this process to the others of the job, once.
 
-    TPU VMs, GKE, Slurm and MPI are recognised by JAX itself. Anything else sets
-    SG4V_COORDINATOR (host:port), SG4V_NUM_PROCESSES and SG4V_PROCESS_ID. A lone process does
-    nothing.
+    On TPU VMs and GKE, JAX finds the others itself, and a job of one process is one too: it gets the
+    notice of a preemption this way. Anything else sets SG4V_COORDINATOR (host:port),
+    SG4V_NUM_PROCESSES and SG4V_PROCESS_ID. Elsewhere this does nothing.
     """
     if jax.distributed.is_initialized():
         return
@@ -19,5 +20,7 @@ def initialize() -> None:
         jax.distributed.initialize(
             address, int(os.environ["SG4V_NUM_PROCESSES"]), int(os.environ["SG4V_PROCESS_ID"])
         )
-    elif "TPU_WORKER_HOSTNAMES" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+    # A TPU VM has nothing in its environment to know it by: JAX looks for the chips, and asks the
+    # metadata server for the peers.
+    elif cloud_tpu_init.running_in_cloud_tpu_vm:
         jax.distributed.initialize()

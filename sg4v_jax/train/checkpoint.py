@@ -1,6 +1,8 @@
 """Saving and resuming a run: parameters, optimizer, position in the data, and what it was."""
 
+import json
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -9,13 +11,17 @@ import orbax.checkpoint as ocp
 
 from sg4v_jax.convert.orbax import CHECKPOINTS
 
+# From the data states of all processes of another number, that of this process.
+Resharded = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+
 
 class Checkpointer:
     """Asynchronous, atomic checkpoints of a run (see `convert.orbax` for the layout)."""
 
     def __init__(self, workdir: pathlib.Path, *, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager((workdir / CHECKPOINTS).resolve(), options=options)
+        self._directory = (workdir / CHECKPOINTS).resolve()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step; None in a fresh run."""
@@ -48,7 +54,7 @@ class Checkpointer:
         self._manager.save(step, args=items, force=True)
 
     def restore(
-        self, step: int, params: Any, opt_state: Any, data: grain.DatasetIterator
+        self, step: int, params: Any, opt_state: Any, data: grain.DatasetIterator, resharded: Resharded
     ) -> tuple[dict[str, Any], Any]:
         """Restores (params, opt_state) and moves `data` to where it was.
 
@@ -57,13 +63,18 @@ class Checkpointer:
           params, opt_state: ShapeDtypeStructs with the shardings wanted now, which need not be
             those of the run that saved.
           data: a fresh batch iterator, repositioned in place.
+          resharded: the state for `data` if another number of processes saved.
         """
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            opt_state=ocp.args.StandardRestore(_numbered(opt_state)),
-            data=grain.checkpoint.CheckpointRestore(data),
-        )
-        restored = self._manager.restore(step, args=items)
+        items = {
+            "params": ocp.args.StandardRestore(params),
+            "opt_state": ocp.args.StandardRestore(_numbered(opt_state)),
+        }
+        saved = sorted((self._directory / str(step) / "data").glob("process_*-of-*.json"))
+        if len(saved) == jax.process_count():
+            items["data"] = grain.checkpoint.CheckpointRestore(data)
+        else:
+            data.set_state(resharded([json.loads(path.read_text()) for path in saved]))
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = [restored.opt_state[key] for key in sorted(restored.opt_state)]
         return restored.params, jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
 

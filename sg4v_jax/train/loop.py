@@ -1,5 +1,6 @@
 """Training, top to bottom: mesh, data, model and optimizer, resume, loop."""
 
+import contextlib
 import json
 import logging
 import math
@@ -16,15 +17,22 @@ import tqdm
 from ml_collections import ConfigDict
 
 from sg4v_jax.convert.orbax import FORMAT_VERSION, TOKENIZER
-from sg4v_jax.data.batch import to_devices
-from sg4v_jax.data.loader import Loader, LoaderConfig, Source
-from sg4v_jax.data.sample import SampleFormat
+from sg4v_jax.data.loader import Counts, Loader, dropped
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.parallel.mesh import make_mesh
 from sg4v_jax.train import groups, metrics
 from sg4v_jax.train.checkpoint import Checkpointer
-from sg4v_jax.train.setup import Setup, compile_step, resume_or_start, set_up
+from sg4v_jax.train.preemption import Preempted, PreemptionNotice
+from sg4v_jax.train.setup import (
+    Setup,
+    compile_step,
+    loader_config,
+    model_config,
+    required,
+    resume_or_start,
+    set_up,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,54 +47,70 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
 
     Returns:
       The metrics of the last logged step; none if there was nothing left to do.
+
+    Raises:
+      Preempted: a process got SIGTERM, and all have saved and stopped after the same step.
     """
     workdir = pathlib.Path(workdir)
     mesh = make_mesh(**config.mesh)
-    tokenizer = Tokenizer(_required(config.data.tokenizer, "config.data.tokenizer"))
-    model = _model_config(config, tokenizer)
+    tokenizer = Tokenizer(required(config.data.tokenizer, "config.data.tokenizer"))
+    model = model_config(config, tokenizer)
     loader = Loader(loader_config(config, model), tokenizer)
     num_steps = config.train.num_steps or math.ceil(loader.steps_per_epoch() * config.train.num_epochs)
-    batches = iter(loader)
 
-    with jax.set_mesh(mesh):
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(loader.on_devices(mesh)) as batches,
+        PreemptionNotice() as notice,
+    ):
         setup = set_up(config, model, mesh, num_steps)
         checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
-        first_step, trainable, opt_state, frozen = resume_or_start(setup, config, checkpointer, batches)
+        first_step, trainable, opt_state, frozen = resume_or_start(
+            setup, config, checkpointer, batches, loader.resharded
+        )
         train_step = compile_step(setup, config)
         if jax.process_index() == 0:
             _write_run_files(workdir, config, tokenizer)
             _log_summary(trainable, frozen, num_steps, loader.num_records)
-        recorder = _Recorder(workdir, config, setup, loader, first_step)
-        meta = _meta(config, model, tokenizer)
+        recorder = _Recorder(workdir, config, setup, first_step)
+        meta, preempted = _meta(config, model, tokenizer), False
 
         for step in _progress(config.stage, first_step, num_steps):
-            batch = to_devices(next(batches), mesh)
+            batch = next(batches)
             trainable, opt_state, step_metrics = train_step(trainable, opt_state, frozen, batch)
             last = step + 1 == num_steps
-            recorder.add(step, step_metrics, batch.tokens.size, log_now=last)
-            if last or (step + 1) % config.checkpoint.every == 0:
+            counts = batches.get_state()["counts"]
+            recorder.add(step, step_metrics, batch.tokens.size, dropped(counts), log_now=last)
+            preempted = not last and notice.reached(step + 1)
+            if last or preempted or (step + 1) % config.checkpoint.every == 0:
                 params = groups.merge(trainable, frozen)
                 checkpointer.save(step + 1, params, opt_state, batches, meta | {"step": step + 1})
                 del params  # The next step donates its leaves; nothing else may hold them.
+            if preempted:
+                break
         checkpointer.close()
-    if loader.skipped.total:
-        log.warning("skipped records: %s", json.dumps(loader.skipped.summary()))
+        _log_counts(batches.get_state()["counts"])
+    if preempted:
+        log.warning(
+            "told to stop: saved step %d of %d; the same command goes on from it", step + 1, num_steps
+        )
+        raise Preempted
     return recorder.latest
 
 
 class _Recorder:
     """Numbers of the steps, on the main process to `metrics.jsonl`."""
 
-    def __init__(
-        self, workdir: pathlib.Path, config: ConfigDict, setup: Setup, loader: Loader, first_step: int
-    ):
-        self._every, self._schedule, self._loader = config.train.log_every, setup.schedule, loader
+    def __init__(self, workdir: pathlib.Path, config: ConfigDict, setup: Setup, first_step: int):
+        self._every, self._schedule = config.train.log_every, setup.schedule
         main = jax.process_index() == 0
         self._file = metrics.MetricsFile(workdir / metrics.FILE_NAME, first_step) if main else None
         self._start, self._positions = time.perf_counter(), 0
         self.latest: dict[str, float] = {}
 
-    def add(self, step: int, values: dict[str, jax.Array], positions: int, *, log_now: bool) -> None:
+    def add(
+        self, step: int, values: dict[str, jax.Array], positions: int, skipped: int, *, log_now: bool
+    ) -> None:
         """Counts a step; reads and writes its numbers when they are due."""
         self._positions += positions
         if not log_now and (step + 1) % self._every:
@@ -97,7 +121,7 @@ class _Recorder:
         self.latest |= {
             "learning_rate": float(self._schedule(step)),
             "positions_per_second": self._positions / (now - self._start),
-            "skipped_records": self._loader.skipped.total,
+            "skipped_records": skipped,
         }
         self._start, self._positions = now, 0
         if self._file:
@@ -109,49 +133,6 @@ def _progress(stage: str, first_step: int, num_steps: int) -> Iterable[int]:
     hidden = jax.process_index() > 0 or not sys.stderr.isatty()
     steps = range(first_step, num_steps)
     return tqdm.tqdm(steps, initial=first_step, total=num_steps, desc=stage, disable=hidden)
-
-
-def loader_config(config: ConfigDict, model: ModelConfig) -> LoaderConfig:
-    """The loader's part of a run's config."""
-    data = config.data
-    sources = {
-        name: Source(_required(source.directory, f"config.data.sources.{name}.directory"), source.weight)
-        for name, source in data.sources.items()
-    }
-    form = SampleFormat(
-        template=data.template,
-        aspect=data.aspect,
-        prompt=data.prompt,
-        image_size=model.vision.image_size,
-        image_tokens=model.vision.num_image_tokens,
-        length=data.seq_len,
-        image_slots=data.image_slots,
-    )
-    return LoaderConfig(
-        sources=sources,
-        form=form,
-        batch_size=data.batch_size,
-        packing=data.packing,
-        packing_bins=data.packing_bins,
-        seed=config.seed,
-        num_threads=data.num_threads,
-    )
-
-
-def _model_config(config: ConfigDict, tokenizer: Tokenizer) -> ModelConfig:
-    model = ModelConfig.from_dict(config.model.to_dict())
-    if tokenizer.vocab_size > model.text.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces but config.model.text.vocab_size is "
-            f"{model.text.vocab_size}"
-        )
-    return model
-
-
-def _required(value: str | None, name: str) -> str:
-    if not value:
-        raise ValueError(f"{name} is not set; give --{name}=PATH")
-    return value
 
 
 def _meta(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -172,6 +153,12 @@ def _write_run_files(workdir: pathlib.Path, config: ConfigDict, tokenizer: Token
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
     if not (workdir / TOKENIZER).exists():
         shutil.copyfile(tokenizer.path, workdir / TOKENIZER)
+
+
+def _log_counts(counts: Counts) -> None:
+    """What this process read of each source, what it cut and what it left out, and why."""
+    for name, source in counts.items():
+        log.info("%s: %s", name, ", ".join(f"{n:,} {what}" for what, n in source.items()))
 
 
 def _log_summary(trainable: Any, frozen: Any, num_steps: int, num_records: int) -> None:

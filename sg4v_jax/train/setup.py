@@ -11,11 +11,15 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from sg4v_jax.data.loader import LoaderConfig
+from sg4v_jax.data.mixture import Replacement, Source
+from sg4v_jax.data.sample import SampleFormat
+from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.parallel.placement import param_shardings
 from sg4v_jax.train import groups
-from sg4v_jax.train.checkpoint import Checkpointer
+from sg4v_jax.train.checkpoint import Checkpointer, Resharded
 from sg4v_jax.train.initial import initial_params, with_dtypes
 from sg4v_jax.train.optimizer import make_optimizer, state_shardings, warmup_cosine
 from sg4v_jax.train.step import Params, TrainStep, make_train_step
@@ -77,8 +81,71 @@ def set_up(config: ConfigDict, model: ModelConfig, mesh: jax.sharding.Mesh, num_
     )
 
 
+def model_config(config: ConfigDict, tokenizer: Tokenizer) -> ModelConfig:
+    """The model of a run, which must have room for the tokenizer's pieces."""
+    model = ModelConfig.from_dict(config.model.to_dict())
+    if tokenizer.vocab_size > model.text.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces but config.model.text.vocab_size is "
+            f"{model.text.vocab_size}"
+        )
+    return model
+
+
+def loader_config(config: ConfigDict, model: ModelConfig) -> LoaderConfig:
+    """The loader's part of a run's config.
+
+    Raises:
+      ValueError: if a directory is missing or a value is not possible; the message names the field.
+    """
+    data = config.data
+    for name, source in data.sources.items():
+        required(source.directory, f"config.data.sources.{name}.directory")
+    form = SampleFormat(
+        template=data.template,
+        aspect=data.aspect,
+        prompt=data.prompt,
+        image_size=model.vision.image_size,
+        image_tokens=model.vision.num_image_tokens,
+        length=data.seq_len,
+        image_slots=data.image_slots,
+        max_tokens=data.max_tokens,
+        too_long=data.too_long,
+    )
+    replace = data.replace
+    if replace.share:
+        required(replace.directory, "config.data.replace.directory")
+    return LoaderConfig(
+        sources={name: Source(**source) for name, source in data.sources.items()},
+        form=form,
+        batch_size=data.batch_size,
+        packing=data.packing,
+        packing_window=data.packing_window,
+        seed=config.seed,
+        num_threads=data.num_threads,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        replacement=Replacement(**replace) if replace.share else None,
+    )
+
+
+def required(value: str | None, name: str) -> str:
+    """The value of a field that has no default.
+
+    Raises:
+      ValueError: if it was not set.
+    """
+    if not value:
+        raise ValueError(f"{name} is not set; give --{name}=PATH")
+    return value
+
+
 def resume_or_start(
-    setup: Setup, config: ConfigDict, checkpointer: Checkpointer, batches: grain.DatasetIterator
+    setup: Setup,
+    config: ConfigDict,
+    checkpointer: Checkpointer,
+    batches: grain.DatasetIterator,
+    resharded: Resharded,
 ) -> tuple[int, Params, Any, Params]:
     """The newest checkpoint's state, or a fresh one.
 
@@ -87,6 +154,7 @@ def resume_or_start(
       config: the run's config.
       checkpointer: of the run.
       batches: the batch iterator, which is moved to where the checkpoint was taken.
+      resharded: its state, from those of another number of processes.
 
     Returns:
       (steps already done, trainable parameters, optimizer state, frozen parameters).
@@ -105,7 +173,7 @@ def resume_or_start(
         log.info("resuming at step %d", first_step)
         shapes = _with_shardings(setup.shapes, setup.shardings)
         opt_shapes = _with_shardings(setup.opt_shapes, setup.opt_shardings)
-        params, opt_state = checkpointer.restore(first_step, shapes, opt_shapes, batches)
+        params, opt_state = checkpointer.restore(first_step, shapes, opt_shapes, batches, resharded)
         trainable, frozen = groups.split(params, config.optim.groups)
     else:
         sources = config.init.to_dict()

@@ -27,10 +27,10 @@ from sg4v_jax.data.image import normalize_reference, preprocess
 from sg4v_jax.data.records import Turn
 from sg4v_jax.data.tokenizer import Tokenizer, train_tokenizer
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from tests.convert.conftest import TEXTS
 from tests.convert.models import load, save
 from tests.torch_llava import arrays, llava_config, llava_model
 
-TEXTS = ["What is this? A cat on a mat. USER: ASSISTANT: the curious user and the assistant 0123456789"] * 4
 CONFIG_7B: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
     "ignore_index": -100,

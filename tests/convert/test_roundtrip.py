@@ -20,6 +20,7 @@ from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from sg4v_jax.models.sharegpt4v import abstract_model, resplit_vision
 from tests.convert.models import load, save
+from tests.convert.writers import renamed
 from tests.torch_llava import PADDED_VOCAB, VOCAB, arrays, llava_config, llava_model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -53,30 +54,6 @@ def assert_equal(found: Params, expected: Params) -> None:
     for path, leaf in expected.items():
         assert found[path].dtype == leaf.dtype, path
         np.testing.assert_array_equal(found[path], leaf, err_msg="/".join(path))
-
-
-def as_layout(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
-    """Renames what transformers 5 has in memory; written apart from the rules under test."""
-
-    def rename(name: str) -> str:
-        if layout == "5":
-            return name
-        tower = "model.vision_tower."
-        name = name.replace(tower, f"{tower}vision_model.")
-        if layout == "B":
-            return name
-        if layout == "A":
-            name = name.replace("model.language_model.", "language_model.model.")
-            return (
-                name.replace("lm_head", "language_model.lm_head")
-                .replace("model.vision", "vision")
-                .replace("model.multi", "multi")
-            )
-        name = name.replace(tower, f"{tower}vision_tower.").replace("model.language_model.", "model.")
-        name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
-        return name.replace("multi_modal_projector.linear_2", "mm_projector.2")
-
-    return {rename(name): array for name, array in tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +106,7 @@ def test_unused_weights_survive(theirs: Any, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("layout", ["A", "B", "5", "original"])
 def test_layouts(layout: str, theirs: Any, tmp_path: pathlib.Path) -> None:
     config = read_config(theirs.config.to_dict())
-    tensors = as_layout(arrays(theirs), layout)
+    tensors = {renamed(name, layout): array for name, array in arrays(theirs).items()}
     first = {"A": "language_model.model.", "B": "model.language_model.", "5": "model.language_model."}
     assert f"{first.get(layout, 'model.')}layers.0.mlp.up_proj.weight" in tensors
     extra = "model.layers.0.self_attn.rotary_emb.inv_freq" if layout == "original" else "model.image_newline"
@@ -182,33 +159,24 @@ def make_original(directory: pathlib.Path, params: Params, tower: str = "Lin-Che
     (directory / "config.json").write_text(json.dumps(fields))
 
 
-def test_published_share4v(tmp_path: pathlib.Path) -> None:
-    params = random_params(SMALL, np.float32)
-    rounded = random_params(SMALL, ml_dtypes.bfloat16)
-    make_original(tmp_path / "s", params)
-    config, found = load(tmp_path / "s")
-    assert config == SMALL
-    assert_equal(found["text"], rounded["text"])
-    assert_equal(found["projector"], rounded["projector"])
-    np.testing.assert_array_equal(found["vision"]["class_embedding"], params["vision"]["class_embedding"])
-
-
 def test_tower_is_found(tmp_path: pathlib.Path) -> None:
-    """By argument, else by the config relative to the directory, else inside the directory."""
+    """By argument, else by the config relative to the directory, else inside; two are one too many."""
     params = random_params(SMALL)
     make_original(tmp_path / "s", params, tower="../elsewhere")
-    inside = tmp_path / "s" / "vision_tower"
+    inside, elsewhere = tmp_path / "s" / "vision_tower", tmp_path / "elsewhere"
     assert_equal(load(tmp_path / "s")[1]["vision"], params["vision"])
-    shutil.copytree(inside, tmp_path / "elsewhere")
+    shutil.copytree(inside, elsewhere)
     weights = load_file(inside / "model.safetensors")
-    save_file({name: 2 * array for name, array in weights.items()}, tmp_path / "elsewhere/model.safetensors")
-    assert (
-        load(tmp_path / "s")[1]["vision"]["class_embedding"][0] == 2 * params["vision"]["class_embedding"][0]
-    )
-    found = load(tmp_path / "s", vision_tower=inside)[1]
-    assert_equal(found["vision"], params["vision"])
+    save_file({name: 2 * array for name, array in weights.items()}, elsewhere / "model.safetensors")
+    # share4v's training leaves it like this: the tuned tower inside, the name of its origin in the config.
+    with pytest.raises(ConversionError, match=r"two vision towers, .*elsewhere .* say which"):
+        load(tmp_path / "s")
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, params["vision"])
+    assert_equal(load(tmp_path / "s", vision_tower=elsewhere)[1]["vision"], doubled)
+    assert_equal(load(tmp_path / "s", vision_tower=inside)[1]["vision"], params["vision"])
     shutil.rmtree(inside)
-    shutil.rmtree(tmp_path / "elsewhere")
+    assert_equal(load(tmp_path / "s")[1]["vision"], doubled)
+    shutil.rmtree(elsewhere)
     with pytest.raises(ConversionError, match="give its directory as --vision-tower"):
         load(tmp_path / "s")
 
@@ -225,30 +193,6 @@ def test_llava_with_tower_in_its_shards(tmp_path: pathlib.Path) -> None:
         {name: 0 * array for name, array in tower.items()}, tmp_path / "s/vision_tower/model.safetensors"
     )
     assert_equal(load(tmp_path / "s")[1], params)
-
-
-def test_start_of_pretraining(tmp_path: pathlib.Path) -> None:
-    """Vicuna, a whole CLIP and LLaVA's mm_projector.bin (spec 4.1)."""
-    params = random_params(SMALL)
-    directory = tmp_path / "vicuna"
-    save(directory, SMALL, params, "share4v", dtype="float32")
-    tensors = load_file(directory / "model.safetensors")
-    projector = {name: tensors.pop(name) for name in list(tensors) if "mm_projector" in name}
-    torch.save(
-        {name: torch.from_numpy(array) for name, array in projector.items()}, tmp_path / "mm_projector.bin"
-    )
-    save_file(tensors, directory / "model.safetensors")
-    fields = json.loads((directory / "config.json").read_text())
-    fields = {name: value for name, value in fields.items() if not name.startswith("mm_")}
-    (directory / "config.json").write_text(json.dumps({**fields, "model_type": "llama"}))
-    clip = (directory / "vision_tower").rename(tmp_path / "clip")
-    vision = json.loads((clip / "config.json").read_text())
-    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
-    tower = load_file(clip / "model.safetensors")
-    save_file({**tower, "text_model.final_layer_norm.bias": np.zeros(3)}, clip / "model.safetensors")
-    config, found = load(directory, vision_tower=clip, projector=tmp_path / "mm_projector.bin")
-    assert config == SMALL
-    assert_equal(found, params)
 
 
 @pytest.mark.parametrize("tuned_from", [0, 1, 2, 3])
@@ -314,7 +258,7 @@ def test_all_problems_at_once() -> None:
         "multi_modal_projector.linear_1.bias in memory: expected a dtype of bfloat16, float16, float32, "
         "found int8",
         f"language_model.lm_head.weight in memory: expected 100 to 128 rows of (12,), found {VOCAB - 1}",
-        "model.norm.weight: the same tensor as language_model.model.norm.weight "
+        "model.norm.weight in memory: the same tensor as language_model.model.norm.weight "
         "(both are language_model.model.norm.weight)",
         "unexpected model.layers.1.self_attn.q_proj.lora_A.weight in memory",
     }

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from sg4v_jax.data.tokenizer import Tokenizer, train_tokenizer
+from tests.conftest import TinyWorld
 
 # LLaMA's tokenizer.model is under Meta's licence: it is never part of the repository.
 _LLAMA = "../shared/assets/llama-tokenizer/tokenizer.model"
@@ -40,3 +41,16 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         "The picture shows two dogs, 3 cats and a red ball on the green grass.",
     ]
     return train_tokenizer(texts, tmp_path_factory.mktemp("sp") / "small.model", 400)
+
+
+@pytest.fixture
+def images(tiny_world: TinyWorld, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder with a good image, a cut-off one, and a good one beside it, out of reach."""
+    root = tmp_path / "images"
+    root.mkdir()
+    data = sorted((tiny_world.image_root / "photos").iterdir())[0].read_bytes()
+    (root / "good.jpg").write_bytes(data)
+    (root / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "secret.jpg").write_bytes(data)
+    os.symlink(tmp_path / "secret.jpg", root / "link.jpg")
+    return root

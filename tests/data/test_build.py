@@ -1,7 +1,6 @@
 """Building a dataset: what is stored, what is refused, what is reported."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -11,25 +10,7 @@ from sg4v_jax.data.build import build, decode_example, open_dataset
 from sg4v_jax.data.image import ImageError
 from sg4v_jax.data.records import RecordError, parse_record, read_records
 from tests.conftest import TinyWorld
-
-
-def record(id: str, image: Any = None, answer: str = "A cup.") -> dict[str, Any]:
-    question = "What is it?" if image is None else "<image>\nWhat is it?"
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": id, **({} if image is None else {"image": image}), "conversations": turns}
-
-
-@pytest.fixture
-def images(tiny_world: TinyWorld, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder with a good image, a cut-off one, and a good one beside it, out of reach."""
-    root = tmp_path / "images"
-    root.mkdir()
-    data = sorted((tiny_world.image_root / "photos").iterdir())[0].read_bytes()
-    (root / "good.jpg").write_bytes(data)
-    (root / "cut.jpg").write_bytes(data[: len(data) // 2])
-    (tmp_path / "secret.jpg").write_bytes(data)
-    os.symlink(tmp_path / "secret.jpg", root / "link.jpg")
-    return root
+from tests.data.datasets import contents, ids_of, record
 
 
 def build_records(records: list[Any], images: pathlib.Path, policy: str = "fail", name: str = "x") -> Any:
@@ -56,33 +37,36 @@ def test_bytes_and_records_are_stored_as_they_are(tiny_world: TinyWorld) -> None
 
 
 @pytest.mark.parametrize(
-    ("bad", "kind", "message"),
+    ("bad", "error", "kind", "message"),
     [
-        (record("m", "missing.jpg"), ImageError, r"missing\.jpg: can't be read below .*: No such file"),
-        (record("c", "cut.jpg"), ImageError, r"cut\.jpg: can't be decoded"),
-        (record("e", "../secret.jpg"), RecordError, r"'\.\./secret\.jpg' holds '\.\.'"),
-        (record("a", "/etc/hostname"), RecordError, r"'/etc/hostname' is absolute"),
-        (record("l", "link.jpg"), RecordError, r"'link\.jpg' leads out of the image root"),
-        (record("d", "."), ImageError, r"\.: can't be read below"),
-        ({"id": "b", "conversations": []}, RecordError, r"record 1 \(id 'b'\)"),
-        (record("b", answer=" "), RecordError, "'value' is empty"),
+        (
+            record("m", "missing.jpg"),
+            ImageError,
+            "missing_image",
+            r"missing\.jpg: no such file below .*images",
+        ),
+        (record("c", "cut.jpg"), ImageError, "corrupt_image", r"cut\.jpg: can't be decoded"),
+        (record("e", "../secret.jpg"), RecordError, "path_outside", r"'\.\./secret\.jpg' holds '\.\.'"),
+        (record("a", "/etc/hostname"), RecordError, "path_outside", r"'/etc/hostname' is absolute"),
+        (record("l", "link.jpg"), RecordError, "path_outside", r"'link\.jpg' leads out of the image root"),
+        (record("d", "."), ImageError, "unreadable_image", r"\.: can't be read below"),
+        ({"id": "b", "conversations": []}, RecordError, "no_answer", "'conversations' has 0"),
+        (record("b", answer=" "), RecordError, "empty_answer", "'value' is empty"),
+        (["no", "object"], RecordError, "malformed_record", r"expected a JSON object, found list"),
     ],
 )
-def test_fail_and_drop(images: pathlib.Path, bad: Any, kind: type[Exception], message: str) -> None:
+def test_fail_and_drop(
+    images: pathlib.Path, bad: Any, error: type[Exception], kind: str, message: str
+) -> None:
     records = [record("0", "good.jpg"), bad, record("2")]
-    with pytest.raises(kind, match=message):
+    with pytest.raises(error, match=rf"failing\.json: record 1, line 1, byte \d+.*: .*{message}"):
         build_records(records, images, "fail", "failing")
     with pytest.raises(FileNotFoundError):  # Nothing half built is left to be found.
         open_dataset(images.parent / "datasets/llava/failing/1.0.0")
     directory, report = build_records(records, images, "drop", "dropping")
-    assert (report.written, report.dropped) == (2, {kind.__name__: 1})
-    assert list(report.examples) == [kind.__name__]
-    assert sorted(ids_of(directory)) == ["0", "2"]
-
-
-def ids_of(directory: pathlib.Path) -> list[str]:
-    dataset = open_dataset(directory)
-    return [decode_example(dataset[i], "x", i)[0].id for i in range(len(dataset))]
+    assert (report.written, report.dropped) == (2, {kind: 1})
+    assert list(report.examples) == [kind]
+    assert ids_of(directory) == ["0", "2"]
 
 
 def test_several_images_and_repeated_ids(images: pathlib.Path) -> None:
@@ -107,34 +91,48 @@ def test_jsonl(images: pathlib.Path) -> None:
 
 
 def test_an_existing_dataset_is_left_as_it_is(images: pathlib.Path) -> None:
-    directory, _ = build_records([record("old")], images)
-    again, report = build_records([record("new"), record("newer")], images)
-    assert again == directory
-    assert report.written == 0
+    """And is not taken for one of other records."""
+    directory, first = build_records([record("old")], images)
+    before = contents(directory)
+    again, report = build_records([record("old")], images)
+    assert (again, report) == (directory, first)
+    with pytest.raises(ValueError, match="a dataset of other records or settings already; choose another"):
+        build_records([record("new"), record("newer")], images)
+    assert contents(directory) == before
     assert ids_of(again) == ["old"]
 
 
 @pytest.mark.parametrize("policy", ["fail", "drop"])
-def test_a_broken_file_stops_the_build(images: pathlib.Path, policy: str) -> None:
-    """Where the next record starts can't be known: only whole records can be dropped."""
-    with pytest.raises(RecordError, match=r"x\.json: record 1, line 1, character \d+: expected a record"):
-        build_records([record("0"), ["no", "object"]], images, policy)
-    with pytest.raises(FileNotFoundError):
-        open_dataset(images.parent / "datasets/llava/x/1.0.0")
+def test_a_cut_off_file_stops_the_build(images: pathlib.Path, policy: str) -> None:
+    """At once: what is missing is not one record."""
+    file = images.parent / "cut.json"
+    file.write_text(json.dumps([record(str(i)) for i in range(9)])[:-50])
+    with pytest.raises(RecordError, match=r"cut\.json: record 8, line 1, byte \d+: .*the file is cut off"):
+        build("cut", file, images, images.parent / "datasets", bad_records=policy)
+    assert not (images.parent / "datasets").exists()
+
+
+def test_a_broken_entry_costs_one_record(images: pathlib.Path) -> None:
+    file = images.parent / "broken.json"
+    file.write_text("[" + ", ".join([json.dumps(record("0")), '{"id": tru}', json.dumps(record("2"))]) + "]")
+    directory, report = build("broken", file, images, images.parent / "datasets", bad_records="drop")
+    assert report.dropped == {"malformed_json": 1}
+    assert ids_of(directory) == ["0", "2"]
 
 
 def test_progress_sees_every_record(images: pathlib.Path) -> None:
+    """And how many there will be."""
     seen = []
     file = images.parent / "p.json"
     file.write_text(json.dumps([record(str(i)) for i in range(4)]))
 
     def progress(records: Any) -> Any:
         for one in records:
-            seen.append(one["id"])
+            seen.append(len(records))
             yield one
 
-    build("p", file, images, images.parent / "datasets", progress=progress)
-    assert seen == ["0", "1", "2", "3"]
+    build("p", file, images, images.parent / "datasets", records_per_shard=3, progress=progress)
+    assert seen == [4] * 4
 
 
 def test_errors_name_the_thing(images: pathlib.Path) -> None:
@@ -144,3 +142,36 @@ def test_errors_name_the_thing(images: pathlib.Path) -> None:
         open_dataset(images.parent / "datasets/llava/none/1.0.0")
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         build("none", images.parent / "none.json", images, images.parent / "datasets")
+    with pytest.raises(FileNotFoundError, match="no-such: no such image folder"):
+        build("none", None, images / "no-such", images.parent / "datasets")
+    with pytest.raises(RecordError, match=r"x\.json: no record to store; dropped: \{'no_answer': 1\}"):
+        build_records([{"conversations": []}], images, "drop")
+    with pytest.raises(ValueError, match="mount the bucket"):
+        open_dataset("gs://bucket/datasets/llava/x/1.0.0")
+
+
+# --- The cap on bad records ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_bad", "fits"), [("10%", True), ("9.9%", False), ("1", True), ("0", False)])
+def test_the_cap(images: pathlib.Path, max_bad: str, fits: bool) -> None:
+    """A build that failed at the cap goes on under a higher one."""
+    file = images.parent / "capped.json"
+    file.write_text(json.dumps([record(str(i), answer="a" if i != 6 else "") for i in range(10)]))
+    settings: dict[str, Any] = {"bad_records": "drop", "records_per_shard": 4}
+    arguments = ("capped", file, images, images.parent / "datasets")
+    if not fits:
+        with pytest.raises(RecordError, match=rf"1 bad records so far of 10, more than max_bad {max_bad}"):
+            build(*arguments, max_bad=max_bad, **settings)
+    directory, report = build(*arguments, max_bad=max_bad if fits else "1", **settings)
+    assert report.dropped == {"empty_answer": 1}
+    assert ids_of(directory) == [str(i) for i in range(10) if i != 6]
+
+
+def test_a_cap_that_means_nothing(images: pathlib.Path) -> None:
+    arguments = ("c", images.parent / "c.json", images, images.parent / "datasets")
+    for cap in ("many", "-1", "101%", "%", ""):
+        with pytest.raises(ValueError, match="write 100 or 1%"):
+            build(*arguments, bad_records="drop", max_bad=cap)
+    with pytest.raises(ValueError, match="goes with bad_records 'drop'"):
+        build(*arguments, max_bad="1%")

@@ -42,6 +42,17 @@ def load(data: bytes, **options: Any) -> Image.Image:
 
 # Decoding.
 
+_ROTATED = Image.Exif()
+_ROTATED[274] = 6
+JPEGS: list[dict[str, Any]] = [
+    *({"subsampling": n, "progressive": progressive} for n in (0, 1, 2) for progressive in (False, True)),
+    {"mode": "L"},
+    {"mode": "CMYK"},
+    {"keep_rgb": True},
+    {"restart_marker_blocks": 2},
+    {"exif": _ROTATED},
+]
+
 
 @pytest.mark.parametrize(
     ("mode", "form"),
@@ -76,6 +87,26 @@ def test_every_mode_as_pillow_converts(mode: str, form: str) -> None:
     assert loaded.mode == "RGB"
     assert loaded.size == (40, 30)
     assert loaded.tobytes() == expected.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("options", JPEGS, ids=str)
+def test_every_jpeg_as_pillow_decodes(options: dict[str, Any]) -> None:
+    """To the bit, whichever decoder is installed; whole and damaged, and with EXIF rotation ignored."""
+    rng = np.random.default_rng(0)
+    for width, height in [(1, 1), (7, 5), (16, 16), (33, 50), (130, 97)]:
+        image = photo(width, height, options.get("mode", "RGB"))
+        saved = {name: value for name, value in options.items() if name != "mode"}
+        data = encode(image, "JPEG", quality=int(rng.integers(30, 96)), **saved)
+        damaged = bytearray(data)
+        damaged[int(rng.integers(2, len(data)))] ^= 1 << int(rng.integers(8))
+        for file in (data, data + b"more", bytes(damaged), data[: len(data) * 2 // 3]):
+            try:
+                expected = Image.open(io.BytesIO(file)).convert("RGB").tobytes()
+            except Exception:
+                with pytest.raises(ImageError):
+                    load(file)
+            else:
+                assert load(file).tobytes() == expected
 
 
 def test_transparency_is_dropped() -> None:

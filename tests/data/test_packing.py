@@ -1,12 +1,17 @@
 """Packing loses nothing, mixes nothing up and keeps its budgets."""
 
+import itertools
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.packing import STAGES, measure
+from sg4v_jax import config as configs
 from sg4v_jax.data.batch import Batch
+from sg4v_jax.data.packing import best_fit, pack
 from tests.tiny import packed
 
 LENGTH, SLOTS, FEATURES, SIZE = 24, 3, 4, 2
@@ -57,7 +62,7 @@ def contents(batch: Batch) -> list[dict[str, Any]]:
 @given(SAMPLES, st.booleans())
 def test_every_sample_comes_out_once_and_whole(shapes: list[tuple[int, int]], packing: bool) -> None:
     samples = make(shapes)
-    batch = packed(samples, length=LENGTH, slots=SLOTS, max_samples=None if packing else 1)
+    batch = packed(samples, length=LENGTH, slots=SLOTS, packing=packing)
     assert batch.tokens.shape[1:] == (LENGTH,)
     assert batch.images.shape[1:] == (SLOTS, SIZE, SIZE, 3)
     found = contents(batch)
@@ -116,3 +121,65 @@ def test_text_only_rows_have_empty_slots() -> None:
     assert batch.images.shape == (1, SLOTS, SIZE, SIZE, 3)
     assert not batch.images.any()
     assert (batch.image_index == -1).all()
+
+
+# What waits: (tokens, images).
+SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 3)), min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=300)
+@given(SIZES)
+def test_no_other_choice_fills_the_row_better(sizes: list[tuple[int, int]]) -> None:
+    """Of all choices that hold the first sample, by tokens and images."""
+    length, slots = 20, 3
+
+    def value(choice: tuple[int, ...]) -> float:
+        tokens, images = (sum(sizes[i][k] for i in choice) for k in (0, 1))
+        return tokens / length + 0.5 * images / slots if tokens <= length and images <= slots else -1
+
+    rest = range(1, len(sizes))
+    choices = [(0, *more) for n in range(len(sizes)) for more in itertools.combinations(rest, n)]
+    chosen = tuple(best_fit(sizes, length, slots))
+    assert list(chosen) == sorted(set(chosen))
+    assert value(chosen) == pytest.approx(max(map(value, choices)))
+
+
+@settings(deadline=None, max_examples=100)
+@given(SIZES, st.integers(1, 6))
+def test_rows_lose_nothing_and_keep_nobody_waiting(sizes: list[tuple[int, int]], window: int) -> None:
+    numbered = list(enumerate(sizes))
+    rows = list(pack(numbered, lambda sample: sample[1], length=20, image_slots=3, window=window))
+    assert sorted(sample for row in rows for sample in row) == numbered
+    for row in rows:
+        assert sum(tokens for _, (tokens, _) in row) <= 20
+        assert sum(images for _, (_, images) in row) <= 3
+    if window == 1:
+        assert [row[0] for row in rows] == numbered
+    # The sample that has waited longest is in every row.
+    for i, row in enumerate(rows):
+        assert row[0] == min(sample for later in rows[i:] for sample in later)
+
+
+def test_a_sample_larger_than_a_row_is_an_error() -> None:
+    for size in ((21, 0), (1, 4)):
+        with pytest.raises(ValueError, match="is larger than a row"):
+            best_fit([size, (1, 0)], 20, 3)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_rows_of_real_lengths_are_full(name: str) -> None:
+    """Lengths rebuilt from the paper's figures (benchmarks/packing.py), in the rows of each 7B config."""
+    data = configs.load(f"configs/{name}.py:7b").data
+    sizes = STAGES[name][0](np.random.default_rng(3), 3000)
+    rows = list(
+        pack(
+            sizes,
+            lambda size: size,
+            length=data.seq_len,
+            image_slots=data.image_slots,
+            window=data.packing_window,
+        )
+    )
+    fill = measure(rows, data.seq_len, data.image_slots, 0.0, data.packing_window)
+    assert fill.tokens >= 0.97
+    assert fill.empty_slots <= 0.08

@@ -1,22 +1,19 @@
-"""The record schema, streaming readers and image paths."""
+"""The record schema and image paths."""
 
 import json
 import os
 import pathlib
-import tracemalloc
 from typing import Any
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from sg4v_jax.data import records
 from sg4v_jax.data.records import (
     Record,
     RecordError,
     Turn,
     parse_record,
-    read_records,
     resolve_image,
     to_json,
 )
@@ -138,151 +135,6 @@ def test_to_json_inverts_parse(id_: str, images: list[str], texts: list[str]) ->
     obj = json.loads(json.dumps(to_json(record)))
     assert parse_record(obj, source="s", index=0) == record
     assert isinstance(obj.get("image", []), str if len(images) == 1 else list)
-
-
-# Reading.
-
-
-def write(path: pathlib.Path, text: str) -> pathlib.Path:
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    return path
-
-
-OBJECTS = [
-    {"id": "1", "conversations": conversation('a "quoted" \\ text\n', "😀日本 ]}")},
-    {},
-    {"n": [1, 2.5e3, -1, True, None, {"x": []}], "big": "x" * 300},
-]
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
-@pytest.mark.parametrize("bom", ["", "\ufeff"])
-def test_reads_arrays_and_lines_in_any_chunks(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, chunk: int, bom: str
-) -> None:
-    monkeypatch.setattr(records, "_CHUNK", chunk)
-    lines = "\n\n".join(map(json.dumps, OBJECTS))
-    for text in (
-        json.dumps(OBJECTS),
-        json.dumps(OBJECTS, ensure_ascii=False),
-        "\n " + json.dumps(OBJECTS, indent=4) + "\n\n",
-        json.dumps(OBJECTS, indent=1).replace("\n", "\r\n"),
-        lines,
-        lines + "\r\n",
-    ):
-        assert list(read_records(write(tmp_path / "f", bom + text))) == OBJECTS
-
-
-@pytest.mark.parametrize("text", ["[]", " [ ]\n", "[\n]"])
-def test_empty_array(tmp_path: pathlib.Path, text: str) -> None:
-    assert list(read_records(write(tmp_path / "f", text))) == []
-
-
-@hypothesis.given(
-    st.lists(
-        st.dictionaries(
-            st.text(max_size=5),
-            st.recursive(
-                st.none() | st.booleans() | st.integers() | st.text(max_size=9),
-                lambda inner: st.lists(inner, max_size=3),
-                max_leaves=5,
-            ),
-            max_size=3,
-        ),
-        max_size=5,
-    ),
-    st.integers(1, 40),
-    st.sampled_from([None, 2]),
-    st.booleans(),
-)
-def test_any_array_reads_as_json_load(
-    tmp_path_factory: pytest.TempPathFactory, objects: Any, chunk: int, indent: Any, plain: bool
-) -> None:
-    objects = json.loads(json.dumps(objects))
-    path = tmp_path_factory.getbasetemp() / "any.json"
-    try:
-        text = json.dumps(objects, indent=indent, ensure_ascii=plain).encode()
-    except UnicodeEncodeError:
-        text = json.dumps(objects, indent=indent).encode()
-    path.write_bytes(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_CHUNK", chunk)
-        assert list(read_records(path)) == objects
-
-
-@pytest.mark.parametrize(
-    ("text", "count", "message"),
-    [
-        ("", 0, "f: the file is empty"),
-        ("  \n", 0, "f: the file is empty"),
-        ('"x"', 0, "f: the file starts with '\"'; expected a JSON array"),
-        ("[", 0, "record 0, line 1, character 1: expected a record.*found the end"),
-        ('[{"a": 1}', 1, "record 1, .*expected ',' or ']' after a record, found the end"),
-        ('[{"a": 1},\n', 1, "record 1, line 2.*expected a record.*cut off"),
-        ('[{"a": 1},\n {"a": "xy', 1, "record 1, line 2, character 18: Unterminated .*is cut off"),
-        ('[{"a": 1},\n]', 1, "record 1, line 2.*expected a record.*found ']'"),
-        ("[1]", 0, "record 0, line 1.*expected a record.*found '1'"),
-        ('[{"a": 1} {"b": 2}]', 1, "expected ',' or ']' after a record, found '{'"),
-        ('[{"a": 1}] x', 1, "expected nothing after the array's ']', found 'x'"),
-        ('[{"a": 1},\n\n{"b": tru}' + " " * 99, 1, r"record 1, line 3, character 18: Expecting va"),
-        ('[{"a": 1},{a: 1}' + " " * 99, 1, "record 1, line 1, .*property name"),
-        (
-            '{"a": 1}\n{"b": \n',
-            1,
-            "record 1, line 2, column 6: Expecting value; a JSONL file holds",
-        ),
-        ('{"a": 1}\n\n[2]\n', 1, r"record 1, line 3: expected a JSON object, found list \[2\]"),
-        ('{\n "a": 1\n}', 0, "line 1, .*one whole object on each line"),
-        ('[{"a": ' + "[" * 100_000 + "]" * 100_000 + "}]", 0, "record 0, line 1.*too deep"),
-        ('{"a": ' + "9" * 5000 + "}", 0, "record 0, line 1.*number too long"),
-    ],
-)
-def test_broken_files_say_where(tmp_path: pathlib.Path, text: str, count: int, message: str) -> None:
-    seen: list[object] = []
-    with pytest.raises(RecordError, match=f"(?s)f: .*{message.removeprefix('f: ')}"):
-        seen.extend(read_records(write(tmp_path / "f", text)))
-    assert len(seen) == count
-
-
-def test_a_mistake_is_found_without_reading_to_the_end(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(records, "_CHUNK", 1 << 10)
-    path = write(tmp_path / "f", '[{"a": 1, b: 2},' + '{"c": 3},' * 100_000 + "{}]")
-    with open(path, encoding="utf-8") as file:
-        with pytest.raises(RecordError, match=r"record 0, line 1, character 10: .*property name"):
-            next(records._ArrayReader(file, "f").objects())
-        assert file.tell() < 1 << 14
-
-
-def test_an_endless_record_is_given_up(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_CHUNK", 1 << 10)
-    monkeypatch.setattr(records, "_LARGEST_RECORD", 1 << 12)
-    path = write(tmp_path / "f", '[{"a": "' + "x" * 100_000 + '"}]')
-    with pytest.raises(RecordError, match="Unterminated string"):
-        list(read_records(path))
-
-
-def test_files_that_are_no_text(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "f.gz").write_bytes(b"\x1f\x8b\x08\x00abc")
-    (tmp_path / "latin").write_bytes(b'[{"a": "caf\xe9"}]')
-    for name in ("f.gz", "latin"):
-        with pytest.raises(RecordError, match=r"not UTF-8 text.*Unpack it, or save it as UTF-8"):
-            list(read_records(tmp_path / name))
-    with pytest.raises(FileNotFoundError):
-        list(read_records(tmp_path / "absent"))
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-def test_memory_does_not_grow_with_the_file(tmp_path: pathlib.Path, indent: int | None) -> None:
-    obj = {"id": "1", "conversations": conversation("q" * 50, "a" * 1000)}
-    path = write(tmp_path / "f", json.dumps([obj] * 15_000, indent=indent))
-    assert path.stat().st_size > 15e6
-    tracemalloc.start()
-    assert sum(1 for _ in read_records(path)) == 15_000
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8e6
 
 
 # Paths.

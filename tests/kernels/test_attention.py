@@ -88,3 +88,36 @@ def test_what_cannot_run_is_an_error():
     query, key, value = qkv(1, 4, 4, 2, 2, 8)
     with pytest.raises(ValueError, match="'flash' is not one of"):
         attention(query, key, value, causal=True, implementation="flash")
+    with pytest.raises(ValueError, match="'tpu' can't run on 'cpu'"):
+        attention(query, key, value, causal=True, implementation="tpu")
+    segments = np.ones((1, 4), np.int32)
+    with pytest.raises(ValueError, match="can't run this: segments without causality have no kernel"):
+        attention(query, key, value, causal=False, segment_ids=segments, implementation="interpret")
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite", "NVIDIA H100 80GB HBM3", "cpu"])
+def test_the_device_chooses(kind, monkeypatch):
+    """Each kind of device gets its implementation, and the reference where that refuses."""
+    monkeypatch.setattr(entry, "device_kind", lambda: kind)
+    info = entry.Machine("v5e", 128, False, 100 << 20)
+    monkeypatch.setattr(entry, "current_machine", lambda: info)
+    x = jax.numpy.zeros((2, 64, 4, 64), "bfloat16")
+    chosen = entry._choose(entry.Call(x, x, x, True, None, None), "auto")
+    assert (chosen is None) == (kind == "cpu")
+    assert (chosen is entry.gpu.attention) == kind.startswith("NVIDIA")
+    integers = jax.numpy.zeros((2, 64, 4, 64), "int8")
+    assert entry._choose(entry.Call(integers, integers, integers, True, None, None), "auto") is None
+
+
+def test_under_scan():
+    """The kernels' own gradients, inside what the models wrap around them."""
+    query, key, value = map(jax.numpy.asarray, qkv(1, 128, 128, 2, 2, 64))
+
+    def loss(query, implementation):
+        def layer(x, _):
+            return x + entry.attention(x, key, value, causal=True, implementation=implementation), None
+
+        return jax.lax.scan(layer, query, None, length=2)[0].sum()
+
+    found = jax.jit(jax.grad(loss), static_argnums=1)(query, "interpret")
+    np.testing.assert_allclose(found, jax.grad(loss)(query, "reference"), atol=1e-4)

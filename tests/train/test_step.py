@@ -183,7 +183,7 @@ def test_packed_samples_are_blind_to_each_other(record_property: Any) -> None:
     generator = np.random.default_rng(1)
     counts = ((1, 7), (0, 9), (2, 8), (1, 6))
     samples = [random_sample(CONFIG, generator, images, text) for images, text in counts]
-    alone = packed(samples, length=40, slots=2, max_samples=1)
+    alone = packed(samples, length=40, slots=2, packing=False)
     together = packed(samples, length=40, slots=2)
     assert together.segment_ids.max(axis=1).tolist() == [3, 1]
     # Empty rows, so that one program serves both.
@@ -208,6 +208,19 @@ def test_packed_samples_are_blind_to_each_other(record_property: Any) -> None:
     record_property("loss_error", error)
     gradients = [gradients_of(batch)[0] for batch in (together, alone)]
     record_property("gradient_errors", check_gradients(*gradients))
+    # Also of each sample on its own: the others' losses are switched off, their tokens are still there.
+    for row, segment in ((0, 1), (0, 2), (0, 3), (1, 1)):
+        inside = together.segment_ids == segment
+        inside[:row], inside[row + 1 :] = False, False
+        (same,) = [r for r in range(len(alone.tokens)) if np.array_equal(
+            alone.tokens[r, alone.segment_ids[r] == 1], together.tokens[inside])]  # fmt: skip
+        one = only(together, inside), only(alone, np.arange(len(alone.tokens))[:, None] == same)
+        check_gradients(*(gradients_of(batch)[0] for batch in one))
+
+
+def only(batch: Batch, where: np.ndarray) -> Batch:
+    """The batch with its losses outside of `where` switched off."""
+    return dataclasses.replace(batch, loss_weights=np.where(where, batch.loss_weights, 0).astype(np.float32))
 
 
 # --- Freezing, remat, precision ------------------------------------------------------------------

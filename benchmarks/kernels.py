@@ -1,0 +1,338 @@
+"""Attention kernels against public ones, by counting the cycles of their schedules (no TPU needed).
+
+    python benchmarks/kernels.py compare --generations v5e,v6e --output kernels.json
+    python benchmarks/kernels.py tune --generations v5e
+
+See benchmarks/README.md for what the numbers mean.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sg4v_jax.kernels.cycles import Report, measure, target
+
+target.prepare()  # Before anything loads libtpu.
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from sg4v_jax.kernels.tpu import blocks, decode, flash_plan, vit  # noqa: E402
+from sg4v_jax.kernels.tpu.flash_backward import backward  # noqa: E402
+from sg4v_jax.kernels.tpu.flash_forward import forward  # noqa: E402
+from sg4v_jax.kernels.tpu.machine import current_machine  # noqa: E402
+
+# Lengths of real samples of the instruction mix, with an image each, as packing puts them together.
+SAMPLES = (805, 771, 843, 760, 917)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A shape to measure: llama [1, 32 heads, length, 128], clip [8, 16 heads, 577, 64], decode."""
+
+    name: str
+    length: int
+    heads: int
+    head_dim: int
+    batch: int = 1
+    packed: bool = False
+
+    @property
+    def kind(self) -> str:
+        return self.name.split("_")[0]
+
+    def segments(self) -> np.ndarray:
+        """int32[1, 1, length]."""
+        ends = np.cumsum(SAMPLES)
+        return np.searchsorted(ends, np.arange(self.length), side="right")[None, None].astype(np.int32) + 1
+
+    def flops(self, backward: bool) -> float:
+        """Of the model: causal pairs only, all of the row for packed ones as the reference table does."""
+        pairs = self.length**2 / (2 if self.kind == "llama" else 1)
+        return 4 * self.batch * self.heads * pairs * self.head_dim * (3.5 if backward else 1)
+
+
+CASES = (
+    Case("llama_2048", 2048, 32, 128),
+    Case("llama_4096", 4096, 32, 128),
+    Case("llama_4096_packed", 4096, 32, 128, packed=True),
+    Case("clip_577", 577, 16, 64, batch=8),
+    Case("siglip_729", 729, 16, 72, batch=8),
+    Case("decode_32x2048", 2048, 32, 128, batch=32),
+)
+
+
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def f32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@functools.cache
+def machine(generation: str) -> Any:
+    mesh = target.one_device_mesh(target.GENERATIONS[generation])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return current_machine()
+
+
+def flash(case: Case, generation: str, cut: flash_plan.Blocks, back: bool) -> Report:
+    """One direction of the decoder's kernel."""
+    rows = bf16(case.batch, case.heads, case.length, case.head_dim)
+    problem = flash_plan.Problem.of(machine(generation), cut, rows, rows, backward=back)
+    operands: dict[tuple[str, int], np.ndarray] = {}
+    segments = []
+    if case.packed:
+        segments = [jax.ShapeDtypeStruct(case.segments().shape, jnp.int32)]
+        visits = flash_plan.schedule(
+            jnp.asarray(case.segments()[:, 0]), problem.blocks.queries, problem.blocks.keys
+        )
+        operands = {("flash", index): np.asarray(visit) for index, visit in enumerate(visits)}
+    if back:
+        lse = f32(case.batch, case.heads, 1, case.length)
+        return measure(
+            lambda q, k, v, o, lse, do, *s: backward(problem, q, k, v, s[0] if s else None, o, lse, do),
+            (rows, rows, rows, rows, lse, rows, *segments),
+            generation,
+            operands=operands,
+        )
+    return measure(
+        lambda q, k, v, *s: forward(problem, q, k, v, s[0] if s else None),
+        (rows, rows, rows, *segments),
+        generation,
+        operands=operands,
+    )
+
+
+def tower(case: Case, generation: str, cut: tuple[int, int, int], back: bool) -> Report:
+    """One direction of the vision tower's kernel."""
+    settings = vit.Settings(*cut, machine(generation))
+    x = bf16(case.batch, case.length, case.heads * case.head_dim)
+    if not back:
+        return measure(lambda q, k, v: vit._forward(settings, case.heads, q, k, v)[0], (x, x, x), generation)
+    layout = vit.Layout.of(x, case.heads, settings.heads)
+    lse = f32(case.batch, case.heads // layout.heads, layout.heads, case.length)
+    return measure(
+        lambda q, k, v, o, do, lse: vit._backward(settings, case.heads, (q, k, v, o, lse), do),
+        (x, x, x, x, x, lse),
+        generation,
+    )
+
+
+def generate(case: Case, generation: str, rows: int) -> Report:
+    """The decode kernel, all slots full."""
+    cache = bf16(case.batch, case.length, case.heads, case.head_dim)
+    lengths = np.full(case.batch, case.length, np.int32)
+    return measure(
+        lambda q, k, v, n: decode.attention(q, k, v, n, machine(generation), rows=rows),
+        (
+            bf16(case.batch, 1, case.heads, case.head_dim),
+            cache,
+            cache,
+            jax.ShapeDtypeStruct(lengths.shape, jnp.int32),
+        ),
+        generation,
+        values={3: lengths},
+    )
+
+
+def ours(case: Case, generation: str, back: bool) -> Report:
+    """Our kernel with the blocks of the table."""
+    table = blocks.choice(generation)
+    if case.kind == "llama":
+        return flash(case, generation, (table.packed if case.packed else table.causal)[back], back)
+    if case.kind == "decode":
+        return generate(case, generation, table.decode)
+    return tower(case, generation, table.vit, back)
+
+
+def peers(case: Case, back: bool) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """Public kernels that ship with JAX, with blocks that suit them: (name, function, arguments)."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    if case.kind == "decode":
+        cache = bf16(case.batch, case.length, case.heads, case.head_dim)
+        query = bf16(case.batch, 1, case.heads, case.head_dim)
+        yield "jax.nn", jax.nn.dot_product_attention, (query, cache, cache)
+        return
+    causal = case.kind == "llama"
+    length = case.length + (0 if causal else -case.length % 128)
+    rows = bf16(case.batch, case.heads, length, case.head_dim)
+    block = 1024 if causal else length
+
+    def run_flash(q: jax.Array, k: jax.Array, v: jax.Array, *s: jax.Array) -> jax.Array:
+        names = [f.name for f in dataclasses.fields(jax_flash.BlockSizes)]
+        sizes = {
+            name: 512 if "_b" not in name[5:] and name.startswith("block_k") else block for name in names
+        }
+        sizes = (
+            {**dict.fromkeys(names, block if not causal else 512), "block_b": 1}
+            if back
+            else {
+                "block_q": block,
+                "block_k_major": block,
+                "block_k": 512 if causal else block,
+                "block_b": 1 if causal else 8,
+            }
+        )
+        ids = jax_flash.SegmentIds(s[0], s[0]) if s else None
+        return jax_flash.flash_attention(
+            q,
+            k,
+            v,
+            segment_ids=ids,
+            causal=causal,
+            sm_scale=case.head_dim**-0.5,
+            block_sizes=jax_flash.BlockSizes(**sizes),
+        )
+
+    def run_splash(q: jax.Array, k: jax.Array, v: jax.Array, *s: jax.Array) -> jax.Array:
+        mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+        compute = 512 if causal else length
+        sizes = splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=compute,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            use_fused_bwd_kernel=True,
+        )
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * case.heads), block_sizes=sizes, head_shards=1, q_seq_shards=1
+        )
+        ids = splash.SegmentIds(s[0], s[0]) if s else None
+        return jax.vmap(kernel, in_axes=(0, 0, 0, 0 if s else None))(q * case.head_dim**-0.5, k, v, ids)
+
+    segments = (jax.ShapeDtypeStruct((case.batch, length), jnp.int32),) if case.packed else ()
+    for name, run in (("jax.flash", run_flash), ("jax.splash", run_splash)):
+        if back:
+
+            def step(q: Any, k: Any, v: Any, do: Any, *s: Any, run: Any = run) -> Any:
+                return jax.vjp(lambda q, k, v: run(q, k, v, *s), q, k, v)[1](do)
+
+            yield name, step, (rows, rows, rows, rows, *segments)
+        else:
+            yield name, run, (rows, rows, rows, *segments)
+
+
+def line(
+    case: Case, generation: str, phase: str, name: str, reports: list[Report], floor: float
+) -> dict[str, Any]:
+    """One row of the table: the kernels of `reports` together."""
+    kernels = [kernel for report in reports for kernel in report.kernels]
+    main = max(kernels, key=lambda kernel: kernel.total)
+    return {
+        "case": case.name, "phase": phase, "generation": generation, "name": name,
+        "us": round(sum(r.microseconds for r in reports), 1),
+        "kernel_us": round(sum(r.kernels[0].total / r.generation.clock * 1e6 for r in reports), 1),
+        "cycles": round(sum(r.total for r in reports)), "scheduled": sum(r.scheduled for r in reports),
+        "roofline_us": round(floor, 1), "mxu": round(main.mxu, 3),
+        "vpu": round(main.vpu, 3), "spills": round(main.spills, 3),
+        "hbm_mb": round(sum(k.bytes for k in kernels) / 1e6),
+        "compile_s": round(sum(r.seconds for r in reports), 1), "unknown": [r.unknown for r in reports],
+    }  # fmt: skip
+
+
+def compare(generations: list[str], names: list[str], with_peers: bool) -> Iterator[dict[str, Any]]:
+    """Rows of ours and of the peers', case by case."""
+    for case, generation in itertools.product(CASES, generations):
+        if names and case.name not in names:
+            continue
+        try:
+            there = ours(case, generation, back=False)
+        except jax.errors.JaxRuntimeError as error:  # Too large for this generation's memory.
+            print(f"# ours {case.name} {generation}: {str(error).splitlines()[0][:120]}")
+            continue
+        for phase in ("fwd",) if case.kind == "decode" else ("fwd", "fwdbwd"):
+            back = phase == "fwdbwd"
+            bytes_ = 4 * case.batch * case.heads * case.length * case.head_dim if case.kind == "decode" else 0
+            floor = there.roofline(0 if bytes_ else case.flops(back), bytes_)
+            reports = [there, ours(case, generation, back=True)] if back else [there]
+            yield line(case, generation, phase, "ours", reports, floor)
+            for name, function, arguments in peers(case, back) if with_peers else ():
+                try:
+                    report = measure(function, arguments, generation)
+                except Exception as error:
+                    print(f"# {name} {case.name} {phase} {generation}: {str(error).splitlines()[0][:120]}")
+                    continue
+                yield line(case, generation, phase, name, [report], floor)
+
+
+def tune(generations: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
+    """Cycles of every sensible choice of blocks, the best last; for `sg4v_jax/kernels/tpu/blocks.py`."""
+    for case, generation in itertools.product(CASES, generations):
+        if (names and case.name not in names) or (case.kind in ("siglip", "llama") and case.length == 2048):
+            continue
+        for back in (False,) if case.kind == "decode" else (False, True):
+            results = []
+            for cut in candidates(case, generation):
+                run = {"llama": flash, "clip": tower, "siglip": tower}.get(case.kind)
+                try:
+                    report = run(case, generation, cut, back) if run else generate(case, generation, cut)
+                except Exception as error:  # Too large for the generation's memory.
+                    print(f"# {cut}: {str(error).splitlines()[0][:120]}")
+                    continue
+                results.append((report.kernels[0].total, str(cut)))
+                phase = "backward" if back else "forward"
+                print(f"# {case.name} {generation} {phase} {cut}: {report.kernels[0].total:.0f}")
+            best = min(results)
+            yield {
+                "case": case.name,
+                "generation": generation,
+                "backward": back,
+                "cycles": best[0],
+                "best": best[1],
+            }
+
+
+def candidates(case: Case, generation: str) -> list[Any]:
+    """Choices worth trying."""
+    if case.kind == "decode":
+        return [2048, 4096, 8192]
+    if case.kind != "llama":
+        return [(heads, heads, rows) for heads in (2, 4, 8) for rows in (256, 304, 640)]
+    sizes = [(512, 512), (512, 256), (1024, 512), (1024, 1024)]
+    return [flash_plan.Blocks(q, k, 256, heads) for q, k in sizes for heads in (1, 2, 4) if q * heads <= 2048]
+
+
+def main() -> None:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("compare", "tune"))
+    parser.add_argument("--generations", default="v5e,v6e", help="of v4, v5e, v5p, v6e")
+    parser.add_argument(
+        "--cases", default="", help=f"of {', '.join(case.name for case in CASES)}; all by default"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="ours only")
+    parser.add_argument("--output", help="also write the rows to this JSON file")
+    options = parser.parse_args()
+    names = options.cases.split(",") if options.cases else []
+    generations = options.generations.split(",")
+    rows = []
+    work = (
+        tune(generations, names)
+        if options.command == "tune"
+        else compare(generations, names, not options.no_peers)
+    )
+    for row in work:
+        rows.append(row)
+        print(
+            "  ".join(f"{key}={value}" for key, value in row.items() if value not in ([{}], [{}, {}])),
+            flush=True,
+        )
+        if options.output:
+            with open(options.output, "w") as file:
+                json.dump({"jax": jax.__version__, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

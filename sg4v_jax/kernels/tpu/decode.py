@@ -1,0 +1,150 @@
+"""Attention of one new position per slot to its cache, on a TPU: generation.
+
+Derivation of the blocking
+--------------------------
+Decoding reads the cache once and computes next to nothing with it, so the memory is the limit: 1311 us
+for 32 slots of 2048 positions and 32 heads on v5e. What the kernel has to do is never to stop reading,
+and to read only what a slot has.
+
+* A slot's keys lie in memory as `[positions, kv_heads, head_dim]`; cutting heads out would shuffle
+  sublanes all day. Instead the block is taken as a matrix of `positions * kv_heads` rows as it lies, and
+  *all* query heads are multiplied with all of it. Pairs of a query head and a foreign key head are masked
+  together with the positions beyond the slot's length. That wastes kv_heads - 1 of kv_heads of the matrix
+  unit's work, which it has time for: keys and values are its stationary operand, so the cost is that of
+  loading them, 0.8 of the time that the memory takes on v5e.
+* The grid's steps beyond a slot's length name the block that is there already: they fetch nothing. They
+  come before the others, so that the first block's transfer runs meanwhile.
+* Keys and values may be int8 with a scale per position and head, which halves the traffic; scores and
+  weights are scaled instead of keys and values.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from sg4v_jax.kernels.tpu.machine import Machine
+from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, MASKED, dot, lanes
+
+
+def attention(
+    query: Float[Array, "batch 1 heads head_dim"],
+    key: Float[Array, "batch capacity kv_heads head_dim"] | Int[Array, "batch capacity kv_heads head_dim"],
+    value: Float[Array, "batch capacity kv_heads head_dim"] | Int[Array, "batch capacity kv_heads head_dim"],
+    kv_lengths: Int[Array, " batch"],
+    machine: Machine,
+    *,
+    rows: int,
+    scales: tuple[Float[Array, "batch capacity kv_heads"], Float[Array, "batch capacity kv_heads"]]
+    | None = None,
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """Attention of one query per slot to the first `kv_lengths` positions of its cache.
+
+    Args:
+      query: bfloat16 or float32.
+      key, value: the cache, in the dtype of `query` or int8.
+      kv_lengths: positions in use per slot. A slot with none gets zeros.
+      machine: what the hardware can do.
+      rows: rows of the cache (positions times key heads) per block, about.
+      scales: what to multiply keys and values by, if they are int8.
+
+    Returns:
+      The attended values, in the dtype of `query`.
+    """
+    batch, _, heads, head_dim = query.shape
+    capacity, kv_heads = key.shape[1:3]
+    positions = block_positions(capacity, kv_heads, rows)
+    size = positions * kv_heads
+    flat = (batch, capacity * kv_heads, head_dim)
+
+    def block_of(b: Any, j: Any, lengths: Any) -> Any:
+        used = jnp.maximum(pl.cdiv(lengths[b], positions), 1)
+        return jnp.maximum(j - (capacity // positions - used), 0)
+
+    slot = pl.BlockSpec((None, heads, head_dim), lambda b, j, lengths: (b, 0, 0))
+    block = pl.BlockSpec((None, size, head_dim), lambda b, j, lengths: (b, block_of(b, j, lengths), 0))
+    in_specs, operands = [slot, block, block], [query[:, 0], key.reshape(flat), value.reshape(flat)]
+    if scales is not None:
+        scale_block = pl.BlockSpec((None, 1, size), lambda b, j, lengths: (b, 0, block_of(b, j, lengths)))
+        in_specs += [scale_block, scale_block]
+        operands += [x.reshape(batch, 1, -1) for x in scales]
+    out = pl.pallas_call(
+        functools.partial(_kernel, kv_heads, positions),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, capacity // positions),
+            in_specs=in_specs,
+            out_specs=slot,
+            scratch_shapes=[
+                pltpu.VMEM((heads, head_dim), jnp.float32),
+                pltpu.VMEM((heads, LANES), jnp.float32),
+                pltpu.VMEM((heads, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, head_dim), query.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=machine.vmem
+        ),
+        interpret=machine.interpret,
+        name="decode",
+    )(kv_lengths.astype(jnp.int32), *operands)
+    return out[:, None]
+
+
+def block_positions(capacity: int, kv_heads: int, rows: int) -> int:
+    """Positions per block: the most that divide the capacity, fill whole lanes and have about `rows` rows.
+
+    Raises:
+      ValueError: if there are none; the capacity should be a multiple of 128.
+    """
+    fits = [n for n in range(1, capacity + 1) if capacity % n == 0 and n * kv_heads % LANES == 0]
+    if not fits:
+        raise ValueError(f"no block of a cache of {capacity} positions and {kv_heads} heads fills 128 lanes")
+    return max((n for n in fits if n * kv_heads <= rows), default=fits[0])
+
+
+def _kernel(
+    kv_heads: int, positions: int, lengths: Any, query: Any, key: Any, value: Any, *refs: Any
+) -> None:
+    *scales, out, acc, maximum, total = refs
+    b, j = pl.program_id(0), pl.program_id(1)
+    heads, head_dim = query.shape
+    length = lengths[b]
+    skipped = pl.num_programs(1) - pl.cdiv(length, positions)
+
+    @pl.when(j == 0)
+    def clear() -> None:
+        acc[...] = jnp.zeros_like(acc)
+        total[...] = jnp.zeros_like(total)
+        maximum[...] = jnp.full_like(maximum, MASKED)
+
+    @pl.when(j >= skipped)
+    def visit() -> None:
+        scores = dot(query[...], key[...].astype(query.dtype), (1, 1))
+        scale = head_dim**-0.5 * LOG2_E
+        scores = scores * (scales[0][...] * scale if scales else scale)
+        column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        head = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        left = length - (j - skipped) * positions
+        seen = (column % kv_heads == head // (heads // kv_heads)) & (column < left * kv_heads)
+        scores = jnp.where(seen, scores, MASKED)
+        before = maximum[...]
+        top = jnp.maximum(before, scores.max(1, keepdims=True))
+        maximum[...] = top
+        shrink = jnp.exp2(before - top)
+        # A head whose pairs are all masked cannot be: each block in use has a position of every head.
+        weights = jnp.exp2(scores - lanes(top, scores.shape[1]))
+        total[...] = total[...] * shrink + weights.sum(1, keepdims=True)
+        if scales:
+            weights = weights * scales[1][...]
+        values = dot(weights.astype(query.dtype), value[...].astype(query.dtype), (1, 0))
+        acc[...] = acc[...] * lanes(shrink, head_dim) + values
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def finish() -> None:
+        sums = lanes(jnp.maximum(total[...], jnp.finfo(jnp.float32).tiny), head_dim)
+        out[...] = (acc[...] / sums).astype(out.dtype)
