@@ -46,6 +46,9 @@ EXTRAS = {
         "beartype>=0.19",
         "hypothesis>=6",
         "mistral-common>=1.5",
+        # Compiles for TPUs without one: the kernels of each generation, and their cycles.
+        "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
+        "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",
         "torch==2.13.0",
         "transformers>=5,<6",
         "safetensors>=0.5,<1",

@@ -241,6 +241,9 @@ def new_directory(directory: str | os.PathLike[str], *, overwrite: bool) -> Iter
             raise OSError(error.errno, error.strerror, os.fspath(target)) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            if old.exists() and not target.exists():
+                # An error, or once a kill, between the two renames: what was there comes back.
+                old.rename(target)
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -55,6 +55,14 @@ def open_checkpoint(
     return checkpoint
 
 
+def open_part(path: str | os.PathLike[str], part: str) -> Checkpoint:
+    """Opens what one of `checkpoint.PARTS` is to be taken from; see `open_checkpoint`.
+
+    Which tower a decoder or projector had is not asked: there may be none, or two.
+    """
+    return _open(pathlib.Path(path), None, with_tower=part == "vision")
+
+
 def _open(path: pathlib.Path, base: str | os.PathLike[str] | None, with_tower: bool) -> Checkpoint:
     if path.is_file():
         return share4v.open_projector(path)
@@ -85,7 +93,7 @@ def _lora_base(path: pathlib.Path, base: str | os.PathLike[str] | None, with_tow
 
 def _part(name: str, source: str | os.PathLike[str], checkpoint: Checkpoint) -> Checkpoint:
     if source != RANDOM:
-        return open_checkpoint(source)
+        return open_part(source, name)
     kind = checkpoint.projector or ModelConfig().projector
     if checkpoint.text is None:
         raise ConversionError([f"{checkpoint.path}: a random {name} needs a decoder to fit"])

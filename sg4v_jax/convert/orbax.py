@@ -38,8 +38,7 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.model"
 # What is read of a stacked parameter at once, when its chunks hold several layers.
 _WINDOW_BYTES = 2**30
-# Buffers of this size are used again and again; the memory of larger ones is new every time.
-_CHUNK_BYTES = 2**24
+_CHUNK_BYTES = 2**26
 _MAX_UNDER_WAY = 2**28
 
 

@@ -44,7 +44,7 @@ def open_share4v(directory: pathlib.Path, *, with_tower: bool = True) -> Checkpo
 
     Args:
       directory: a local one.
-      with_tower: whether to look for the tower outside.
+      with_tower: whether to open the tower, wherever it is.
 
     Raises:
       ConversionError: files are missing or damaged, or a config asks for what the model here
@@ -66,10 +66,10 @@ def open_share4v(directory: pathlib.Path, *, with_tower: bool = True) -> Checkpo
         usage=Usage(generation=companions.read_generation(directory)),
     )
     checkpoint = adapted(directory, checkpoint, with_tower=with_tower and not inside)
-    if not inside:
+    if not inside or not with_tower:
         return checkpoint
     # LLaVA's towers are inside, and `mm_vision_tower` only says which one it is.
-    tower = _find_tower(directory, fields) if with_tower else None
+    tower = _find_tower(directory, fields)
     vision = open_tower(tower).vision if tower else _inferred_tower(directory, inside)
     return checkpoint.with_part("vision", Checkpoint(directory, "clip", inside, vision=vision))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sg4v_jax.convert.load import open_checkpoint
+from sg4v_jax.convert.load import open_part
 from sg4v_jax.convert.params import check, read_params
 from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.models.config import ModelConfig
@@ -29,7 +29,7 @@ def initial_params(
     Args:
       config: the model.
       sources: for each of `PARTS`, a model or a part of one in any known format (see
-        `convert.load.open_checkpoint`), or "" for random values.
+        `convert.load.open_part`), or "" for random values.
       shapes: ShapeDtypeStructs of the parameters, with the dtypes wanted.
       shardings: where they go.
       seed: of the random values.
@@ -67,7 +67,7 @@ def with_dtypes(shapes: Any, config_groups: groups.Groups, frozen_dtype: jnp.dty
 
 def _load(config: ModelConfig, part: str, source: str, shapes: Any, shardings: Any) -> dict[str, Any]:
     """One part, parameter by parameter: the host never has more than one of them."""
-    tensors = open_checkpoint(source).part(part)
+    tensors = open_part(source, part).part(part)
     if problems := check(config, tensors, part):
         raise ConversionError([f"config.init.{part}={source} does not fit config.model.{part}:", *problems])
     flat = flatten_dict(shardings)

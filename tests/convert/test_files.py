@@ -77,6 +77,35 @@ def test_directory_appears_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
         pass
 
 
+def test_what_was_there_comes_back_when_the_swap_fails(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two renames there is no directory of that name: an error or a kill there loses nothing."""
+    target, rename = tmp_path / "model", pathlib.Path.rename
+    target.mkdir()
+    (target / "file").write_text("old")
+
+    def fail(path: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
+        if path.suffix == ".partial":
+            raise OSError("no")
+        return rename(path, to)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="no"),
+        new_directory(target, overwrite=True) as partial,
+    ):
+        patch.setattr(pathlib.Path, "rename", fail)
+        (partial / "file").write_text("new")
+    assert (target / "file").read_text() == "old"
+
+    target.rename(tmp_path / ".model.old")  # as a kill leaves it
+    with pytest.raises(RuntimeError, match="later"), new_directory(target, overwrite=True):
+        raise RuntimeError("later")
+    assert (target / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_what_a_killed_process_left_goes_away(tmp_path: pathlib.Path) -> None:
     target = tmp_path / "model"
     left = tmp_path / ".model.partial"

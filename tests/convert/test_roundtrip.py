@@ -14,7 +14,9 @@ import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+from sg4v_jax.convert.checkpoint import PARTS
 from sg4v_jax.convert.huggingface import read_config
+from sg4v_jax.convert.load import open_part
 from sg4v_jax.convert.params import from_params, padded_vocab_size, to_params
 from sg4v_jax.convert.tensors import ConversionError
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
@@ -171,6 +173,10 @@ def test_tower_is_found(tmp_path: pathlib.Path) -> None:
     # share4v's training leaves it like this: the tuned tower inside, the name of its origin in the config.
     with pytest.raises(ConversionError, match=r"two vision towers, .*elsewhere .* say which"):
         load(tmp_path / "s")
+    # For the other parts it doesn't matter which.
+    for part in ("text", "projector"):
+        expected = {key for key in from_params(SMALL, params) if key.startswith(PARTS[part])}
+        assert open_part(tmp_path / "s", part).part(part).keys() == expected
     doubled = jax.tree.map(lambda leaf: 2 * leaf, params["vision"])
     assert_equal(load(tmp_path / "s", vision_tower=elsewhere)[1]["vision"], doubled)
     assert_equal(load(tmp_path / "s", vision_tower=inside)[1]["vision"], params["vision"])

@@ -1,5 +1,7 @@
 """The cycle counter: loops have their trip counts, transfers their time, and numbers repeat."""
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,11 @@ def test_the_same_number_twice_and_waits_on_top():
 def test_an_elementwise_pass_takes_the_memory_its_time():
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
     report = measure(lambda x: x + 1, (x,), "v6e")
+    if tuple(map(int, importlib.metadata.version("libtpu").split(".")[:3])) < (0, 0, 50):
+        # It writes the transfers of XLA's own programs in another way; the report says so.
+        assert report.unknown["size or flag of a transfer"]
+        return
+    assert not report.unknown
     assert (
         report.roofline(0, 2 * x.size * 4) <= report.microseconds < 1.3 * report.roofline(0, 2 * x.size * 4)
     )

@@ -99,7 +99,7 @@ def _scan_one(
     """(the image, what to remember of it)."""
     try:
         file = resolve_image(root, path)
-        status = file.stat()
+        status = os.stat(file)
         if status.st_size > max_bytes:
             raise ImageError(f"{path}: {status.st_size} bytes, more than --max-image-bytes {max_bytes}")
         entry = known.get(path)

@@ -1,4 +1,8 @@
-"""Block sizes per generation of TPU, as `benchmarks/kernels.py tune` found them by counting cycles."""
+"""Block sizes per generation of TPU.
+
+Those of v5e and v6e are the best of sweeps by hand over cycle counts; v4 and v5p are by analogy, not swept.
+`benchmarks/kernels.py tune` counts the alternatives.
+"""
 
 import dataclasses
 
