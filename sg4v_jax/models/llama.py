@@ -1,6 +1,7 @@
 """LLaMA decoder with grouped-query attention and a KV cache (Touvron et al. 2023; spec 3.1)."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ class Llama(nnx.Module):
     def __init__(self, config: TextConfig, rngs: nnx.Rngs):
         self.config = config
         table = 0.5 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size))
-        self.embedding = nnx.Param(table, axes=("vocab", None))
+        self.embedding = nnx.Param(table, axes=("table", None))
         self.blocks = stack(lambda rngs: Block(config, rngs), config.num_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(
@@ -127,7 +128,8 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length d"]:
         """Embeddings of token ids."""
-        return constrain(jnp.take(self.embedding[...], tokens, axis=0), ("batch", "length", None))
+        table = constrain(self.embedding[...], ("vocab", None))
+        return constrain(jnp.take(table, tokens, axis=0), ("batch", "length", None))
 
     def __call__(
         self,
@@ -204,6 +206,11 @@ class Llama(nnx.Module):
         layers = jnp.arange(self.config.num_layers)
         (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, self.blocks))
         return self.norm(x), cache
+
+    def scorer(self) -> Callable[[Float[Array, "... d"]], Float[Array, "... vocab"]]:
+        """`logits` for a loop: the head is gathered once before it, its gradient reduced once after it."""
+        kernel = constrain(self.head.kernel[...], (None, "vocab"))
+        return lambda hidden: (hidden @ kernel).astype(jnp.float32)
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Scores over the vocabulary, in float32."""

@@ -8,9 +8,11 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any
+from collections.abc import Sequence
 
 import jax
+
+from sg4v_jax.kernels.cycles.target import ENVIRONMENT
 
 GIB = 2**30
 
@@ -21,7 +23,7 @@ class Chip:
 
     Attributes:
       name: as in topologies, `v5e`.
-      hbm_bytes: memory of a chip.
+      hbm_bytes: memory of a chip that the compiler gives to programs; the rest is the system's.
       flops: bfloat16 FLOP/s of a chip.
       hbm_bandwidth: bytes/s between a chip and its memory.
       ici_bandwidth: bytes/s that a chip sends to its neighbours, over all links.
@@ -37,14 +39,19 @@ class Chip:
     dims: int
     cores: int
 
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes/s of one link, in one direction."""
+        return self.ici_bandwidth / (2 * self.dims)
+
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * GIB, 275e12, 1228e9, 300e9, 3, 2),
-        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, 2, 1),
-        Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 3, 2),
-        Chip("v6e", 32 * GIB, 918e12, 1638e9, 448e9, 2, 1),
+        Chip("v4", int(30.75 * GIB), 275e12, 1228e9, 300e9, 3, 2),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, 2, 1),
+        Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 600e9, 3, 2),
+        Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 400e9, 2, 1),
     )
 }
 
@@ -70,6 +77,29 @@ class Topology:
         """As the compiler calls it: `v5e:8x8`."""
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
+    def wraps(self, axis: int) -> bool:
+        """Whether the ends of an axis are linked: whole cubes of 4x4x4, or 16 chips on v5e and v6e."""
+        if self.chip.dims == 3:
+            return all(size % 4 == 0 for size in self.grid)
+        return self.grid[axis] == 16
+
+    def bandwidth(self, coordinates: Sequence[Sequence[int]]) -> float:
+        """Bytes/s that a chip of a group can send to the others of it.
+
+        Every axis that the group spans adds its links: two where they close a ring, one on a line, whose
+        ends have no second one.
+
+        Args:
+          coordinates: of the group's chips in the torus.
+        """
+        links = 0
+        for axis in range(min(len(self.grid), len(coordinates[0]))):
+            extent = len({chip[axis] for chip in coordinates})
+            if extent > 1:
+                ring = extent == self.grid[axis] and extent > 2 and self.wraps(axis)
+                links += 2 if ring else 1
+        return max(links, 1) * self.chip.link_bandwidth
+
     def devices(self) -> list[jax.Device]:
         """The compiler's devices, which can be compiled for and nothing else.
 
@@ -77,7 +107,9 @@ class Topology:
           RuntimeError: `libtpu` isn't installed.
           ValueError: there is no such slice.
         """
-        _prepare_libtpu()
+        # libtpu reads these when it is loaded: without them it looks for a TPU, and for the cloud.
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from jax.experimental import topologies
 
         # One device to a chip, as on real slices: v4 and v5p have two cores that work as one.
@@ -117,16 +149,3 @@ def _grid(chips: int, dims: int) -> tuple[int, ...]:
     """The most compact grid, smallest dimension first: 16 chips are 4x4 or 2x2x4."""
     power = chips.bit_length() - 1
     return tuple(2 ** ((power + dim) // dims) for dim in range(dims))
-
-
-def _prepare_libtpu() -> None:
-    """Lets `libtpu` start where there is no TPU. Has no effect on what it compiles."""
-    quiet: dict[str, Any] = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-        "TPU_MIN_LOG_LEVEL": "3",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)

@@ -53,7 +53,7 @@ def make_loss(
         hidden = model(
             batch.tokens, batch.positions, batch.segment_ids, batch.images, batch.image_index, remat
         )
-        return chunked_cross_entropy(hidden, batch.targets, batch.loss_weights, model.text.logits, loss_chunk)
+        return chunked_cross_entropy(hidden, batch.targets, batch.loss_weights, model.text.scorer(), loss_chunk)
 
     return loss
 

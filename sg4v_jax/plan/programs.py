@@ -1,0 +1,202 @@
+"""The real programs of a config, compiled for a slice that isn't there."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from sg4v_jax.data.batch import Batch
+from sg4v_jax.models.config import ModelConfig
+from sg4v_jax.models.llama import CACHE_AXES, KVCache
+from sg4v_jax.models.sharegpt4v import abstract_model
+from sg4v_jax.parallel.mesh import make_mesh
+from sg4v_jax.parallel.placement import param_shardings
+from sg4v_jax.parallel.rules import RULES, sharding
+from sg4v_jax.plan.memory import out_of_memory
+from sg4v_jax.plan.topology import Topology
+from sg4v_jax.train import groups
+from sg4v_jax.train.setup import compile_step, set_up
+
+STEPS = ("train", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Shapes of generation.
+
+    Attributes:
+      slots: prompts that are decoded at a time, on all chips together.
+      prompt: positions of a prompt, its image features included.
+      capacity: positions of a slot's cache.
+    """
+
+    slots: int
+    prompt: int = 704
+    capacity: int = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+      executable: it can't run here.
+      mesh: of the slice's devices.
+      arguments: bytes on one chip of what it gets, by part: weights, optimizer, ...
+      seconds: that compiling took.
+    """
+
+    executable: Any
+    mesh: Mesh
+    arguments: dict[str, int]
+    seconds: float
+
+
+def compile_train(config: ConfigDict, topology: Topology) -> Program:
+    """Compiles the train step that `train.loop` would run, for every chip of a slice.
+
+    Args:
+      config: a run's; what it says of files is not looked at.
+      topology: the slice.
+
+    Raises:
+      ValueError: the mesh doesn't fit the slice, or the batch doesn't divide by it.
+      OutOfMemory: the compiler says that it doesn't fit.
+      RuntimeError: there is no TPU compiler.
+    """
+    model = ModelConfig.from_dict(config.model.to_dict())
+    mesh = make_mesh(**config.mesh, devices=topology.devices())
+    batch = abstract_batch(config, model, mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        # The number of steps shapes the schedule's values, not the program.
+        setup = set_up(config, model, mesh, num_steps=1000)
+        trainable, frozen = groups.split(_abstract(setup.shapes, setup.shardings), config.optim.groups)
+        opt_state = _abstract(setup.opt_shapes, setup.opt_shardings)
+        step = compile_step(setup, config)
+        parts = {
+            "trained weights": trainable,
+            "optimizer": opt_state,
+            "frozen weights": frozen,
+            "batch": batch,
+        }
+        return _compile(mesh, step, parts)
+
+
+def compile_serving(config: ConfigDict, topology: Topology, step: str, serving: Serving) -> Program:
+    """Compiles the prefill of one image and prompt per chip, or one decoding step of all slots.
+
+    Raises:
+      ValueError: the mesh doesn't fit the slice, or the slots don't divide by it.
+      OutOfMemory: the compiler says that it doesn't fit.
+      RuntimeError: there is no TPU compiler.
+    """
+    model = ModelConfig.from_dict(config.model.to_dict())
+    mesh = make_mesh(**config.mesh, devices=topology.devices())
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if serving.slots % ways:
+        raise ValueError(f"{serving.slots} slots do not divide by data x fsdp = {ways}; set --slots")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        graphdef, shapes, axes = abstract_model(model)
+        weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
+        params = _abstract(weights, param_shardings(shapes, axes, mesh))
+        rows = ways if step == "prefill" else serving.slots
+        cache = _cache(model, mesh, rows, serving.capacity)
+
+        def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+            )
+
+        def prefill(params, cache, batch):  # type: ignore[no-untyped-def]
+            model = nnx.merge(graphdef, params)
+            features = model.encode_images(batch["images"])
+            x = model.embed(batch["tokens"], batch["image_index"], features)
+            hidden, cache = model.text.prefill(x, batch["lengths"], cache)
+            last = jnp.take_along_axis(hidden, (batch["lengths"] - 1)[:, None, None], axis=1)
+            return model.text.logits(last[:, 0]).argmax(-1), cache
+
+        def decode(params, cache, batch):  # type: ignore[no-untyped-def]
+            model = nnx.merge(graphdef, params)
+            hidden, cache = model.text.decode(model.text.embed(batch["tokens"]), cache)
+            return model.text.logits(hidden[:, 0]).argmax(-1), cache
+
+        size = model.vision.image_size
+        if step == "prefill":
+            text = struct((rows, serving.prompt), jnp.int32)
+            batch = {"tokens": text, "image_index": text, "lengths": struct((rows,), jnp.int32)}
+            batch["images"] = struct((rows, 1, size, size, 3), jnp.uint8)
+        else:
+            batch = {"tokens": struct((rows, 1), jnp.int32)}
+        function = jax.jit(prefill if step == "prefill" else decode, donate_argnums=1)
+        return _compile(mesh, function, {"weights": params, "cache": cache, "batch": batch})
+
+
+def abstract_batch(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Batch:
+    """A global batch of a config as ShapeDtypeStructs.
+
+    Raises:
+      ValueError: its rows don't divide by the mesh.
+    """
+    rows, length, slots = config.data.batch_size, config.data.seq_len, config.data.image_slots
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (ways * config.train.accumulate):
+        raise ValueError(
+            f"config.data.batch_size={rows} rows do not divide by data x fsdp = {ways} times "
+            f"config.train.accumulate={config.train.accumulate}"
+        )
+    placed = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    size = model.vision.image_size
+
+    def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    text = struct((rows, length), jnp.int32)
+    return Batch(
+        tokens=text,
+        targets=text,
+        loss_weights=struct((rows, length), jnp.float32),
+        positions=text,
+        segment_ids=text,
+        images=struct((rows, slots, size, size, 3), jnp.uint8),
+        image_index=text,
+    )
+
+
+def chip_bytes(tree: Any) -> int:
+    """Bytes on one chip of a tree of ShapeDtypeStructs with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _cache(model: ModelConfig, mesh: Mesh, rows: int, capacity: int) -> KVCache:
+    text = model.text
+    shape = (text.num_layers, rows, capacity, text.num_kv_heads, text.head_dim)
+    part = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding(CACHE_AXES, shape, mesh))
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding(("batch",), (rows,), mesh))
+    return KVCache(key=part, value=part, lengths=lengths)
+
+
+def _compile(mesh: Mesh, function: Any, parts: dict[str, Any]) -> Program:
+    start = time.monotonic()
+    lowered = function.lower(*parts.values())
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        failure = out_of_memory(str(error))
+        if failure is None:
+            raise
+        raise failure from error
+    seconds = time.monotonic() - start
+    return Program(executable, mesh, {name: chip_bytes(part) for name, part in parts.items()}, seconds)
+
+
+def _abstract(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
