@@ -134,7 +134,8 @@ def base(size: str) -> ConfigDict:
     config.train.log_every = 10
 
     config.checkpoint = ConfigDict({"every": 500, "keep": 2})
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    # slices=-1: as many TPU slices as there are (docs/pod.md).
+    config.mesh = ConfigDict({"slices": -1, "data": 1, "fsdp": -1, "tensor": 1})
     if size == "tiny":
         _shrink(config)
     return config

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from sg4v_jax.commands.common import add_command
+from sg4v_jax.commands.processes import add_processes, join
 
 
 def add(commands: Any) -> None:
@@ -19,15 +20,16 @@ def add(commands: Any) -> None:
         takes_config=True,
     )
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the config go here")
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     """Runs `train`."""
     from sg4v_jax import config
-    from sg4v_jax.parallel import distributed
     from sg4v_jax.train.loop import train
 
     run_config = config.parse(config_argv)
-    distributed.initialize()
+    is_main = join(arguments)
     values = train(run_config, arguments.workdir)
-    print(f"{arguments.workdir}: done, loss {values.get('loss', float('nan')):.4f}")
+    if is_main:
+        print(f"{arguments.workdir}: done, loss {values.get('loss', float('nan')):.4f}")

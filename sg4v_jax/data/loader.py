@@ -74,7 +74,8 @@ class Loader:
         """Args:
         config: what to read.
         tokenizer: the text tokenizer.
-        shard: (index, count) of the processes that share the stream; None asks JAX.
+        shard: (index, count) of the readers that share the stream (see `parallel.mesh.row_shard`);
+          None: each process is one.
         """
         self._config = config
         self.shard = shard or (jax.process_index(), jax.process_count())
@@ -118,15 +119,20 @@ class Loader:
         return max(1, math.ceil(epoch * per_record / config.batch_size))
 
     def resharded(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The state with which this process goes on where processes of another number stopped.
+        """The state with which this process goes on where others stopped: its own, if they shared the
+        stream as it is shared now.
 
         Args:
-          states: of all processes of the run that stopped, in any order.
+          states: of all processes of the run that stopped, in any order. Those that read the same rows
+            have the same.
         """
-        state = reshard(states, self.shard)
+        by_shard = {tuple(state["shard"]): state for state in states}
+        if self.shard in by_shard:
+            return by_shard[self.shard]
+        state = reshard(list(by_shard.values()), self.shard)
         (index, count), old = self.shard, states[0]["shard"][1]
         log.warning(
-            "process %d of %d goes on where %d processes stopped: no record is read twice and none left "
+            "reader %d of %d goes on where %d readers stopped: no record is read twice and none left "
             "out, but rows and batches are others (%d records that waited for a row come first)",
             index,
             count,

@@ -10,13 +10,14 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the slowest network to the fastest: `slices` is the data-centre network between TPU slices.
+MESH_AXES = ("slices", "data", "fsdp", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations.
-    "batch": ("data", "fsdp"),
+    "batch": ("slices", "data", "fsdp"),
     "length": None,
-    # Parameters.
+    # Parameters. None lies across `slices` or `data`: there, only gradients are added up.
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -41,11 +42,15 @@ def spec(
     axes = ("layers",) * (len(shape) - len(axes)) + axes
     entries = []
     for axis, size in zip(axes, shape, strict=True):
-        mesh_axes = None if axis is None else RULES[axis]
-        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-        divides = size % math.prod(mesh.shape[name] for name in names) == 0
-        entries.append(mesh_axes if divides else None)
+        entries.append(None if axis is None or size % ways(axis, mesh) else RULES[axis])
     return PartitionSpec(*entries)
+
+
+def ways(axis: str, mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> int:
+    """Parts that a logical axis is cut into on `mesh`, where its size divides by them."""
+    mesh_axes = RULES[axis]
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from sg4v_jax.convert.orbax import CHECKPOINTS
 
-# From the data states of all processes of another number, that of this process.
+# From the data states of all processes that saved, that of this process.
 Resharded = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
 
@@ -63,17 +63,14 @@ class Checkpointer:
           params, opt_state: ShapeDtypeStructs with the shardings wanted now, which need not be
             those of the run that saved.
           data: a fresh batch iterator, repositioned in place.
-          resharded: the state for `data` if another number of processes saved.
+          resharded: the state for `data`, from those of all processes that saved.
         """
         items = {
             "params": ocp.args.StandardRestore(params),
             "opt_state": ocp.args.StandardRestore(_numbered(opt_state)),
         }
         saved = sorted((self._directory / str(step) / "data").glob("process_*-of-*.json"))
-        if len(saved) == jax.process_count():
-            items["data"] = grain.checkpoint.CheckpointRestore(data)
-        else:
-            data.set_state(resharded([json.loads(path.read_text()) for path in saved]))
+        data.set_state(resharded([json.loads(path.read_text()) for path in saved]))
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = [restored.opt_state[key] for key in sorted(restored.opt_state)]
         return restored.params, jax.tree.unflatten(jax.tree.structure(opt_state), leaves)

@@ -20,7 +20,7 @@ from sg4v_jax.convert.orbax import FORMAT_VERSION, TOKENIZER
 from sg4v_jax.data.loader import Counts, Loader, dropped
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.models.config import ModelConfig
-from sg4v_jax.parallel.mesh import make_mesh
+from sg4v_jax.parallel.mesh import make_mesh, row_shard
 from sg4v_jax.train import groups, metrics
 from sg4v_jax.train.checkpoint import Checkpointer
 from sg4v_jax.train.preemption import Preempted, PreemptionNotice
@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     mesh = make_mesh(**config.mesh)
     tokenizer = Tokenizer(required(config.data.tokenizer, "config.data.tokenizer"))
     model = model_config(config, tokenizer)
-    loader = Loader(loader_config(config, model), tokenizer)
+    loader = Loader(loader_config(config, model), tokenizer, row_shard(mesh))
     num_steps = config.train.num_steps or math.ceil(loader.steps_per_epoch() * config.train.num_epochs)
 
     with (

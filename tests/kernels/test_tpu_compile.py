@@ -24,10 +24,10 @@ def devices(generation, count):
 
 
 def compiled(generation, shape, function, *arguments):
-    """Compiles on a mesh of `shape`; each argument is (shape, logical axes, dtype)."""
-    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    """Compiles on a mesh of `shape` (data, fsdp, tensor); each argument is (shape, logical axes, dtype)."""
+    axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
     mesh = jax.sharding.Mesh(
-        devices(generation, np.prod(shape)).reshape(shape), MESH_AXES, axis_types=axis_types
+        devices(generation, np.prod(shape)).reshape(1, *shape), MESH_AXES, axis_types=axis_types
     )
     specs = [jax.ShapeDtypeStruct(s, d, sharding=sharding(axes, s, mesh)) for s, axes, d in arguments]
     with jax.set_mesh(mesh):

@@ -31,7 +31,7 @@ def loader(world: TinyWorld, shard: tuple[int, int]) -> Loader:
 def test_the_data_goes_on_where_it_stopped(
     stopped: int, tiny_world: TinyWorld, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With as many processes by Grain's handler, with another number by `Loader.resharded`."""
+    """With as many processes each takes its own state, with another number they are dealt out anew."""
     before = [iter(loader(tiny_world, (i, stopped))) for i in range(stopped)]
     for batches in before:
         next(batches)
@@ -57,5 +57,5 @@ def test_the_data_goes_on_where_it_stopped(
         assert "no record is read twice" not in caplog.text
     else:
         assert after.get_state() == now.resharded([batches.get_state() for batches in before])
-        assert "goes on where 2 processes stopped: no record is read twice and none left out" in caplog.text
+        assert "goes on where 2 readers stopped: no record is read twice and none left out" in caplog.text
     next(after)
