@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sg4v_jax.kernels.attention import attention
@@ -81,7 +82,8 @@ class MLP(nnx.Module):
         self.down = Linear(inner, width, ("mlp", "embed"), bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length d"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = (checkpoint_name(layer(x), "mlp") for layer in (self.gate, self.up))
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -103,7 +105,8 @@ class Block(nnx.Module):
         """Query, key and value of the block's input."""
         y = self.attention_norm(x)
         layer = self.attention
-        return rotate(layer.query(y), angles), rotate(layer.key(y), angles), layer.value(y)
+        query, key, value = rotate(layer.query(y), angles), rotate(layer.key(y), angles), layer.value(y)
+        return tuple(checkpoint_name(x, "projections") for x in (query, key, value))
 
     def finish(
         self, x: Float[Array, "batch length d"], attended: Float[Array, "batch length heads head_dim"]

@@ -115,18 +115,33 @@ class Module:
         known = re.search(r'known_trip_count"?[=:]\s*\{"?n"?[=:]"?(\d+)', instruction.attributes)
         if known:
             return int(known[1])
-        # A counter from zero that is compared with a constant.
-        lines = self.computations[instruction.called("condition")[0]]
-        constants = {
-            line.name: int(found[1])
-            for line in lines
-            if line.opcode == "constant" and (found := re.match(r"(\d+)\)", line.attributes))
-        }
-        for line in lines:
-            if line.opcode == "compare" and "direction=LT" in line.attributes and line.root:
-                bounds = [constants[name] for name in line.operands if name in constants]
-                return bounds[0] if len(bounds) == 1 else None
-        return None
+        # A counter from zero that is compared with a constant, and grows by a constant.
+        lines = {line.name: line for line in self.computations[instruction.called("condition")[0]]}
+        test = next((line for line in lines.values() if line.root), None)
+        if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        counter, bound = (lines.get(name) for name in test.operands)
+        limit = _value(bound)
+        index = _index(counter)
+        if limit is None or index is None:
+            return None
+        return -(-limit // self._step(instruction.called("body")[0], index))
+
+    def _step(self, body: str, index: int) -> int:
+        """What a loop's body adds to a counter; 1 if it can't be told. Unrolled loops add more than 1."""
+        lines = {line.name: line for line in self.computations[body]}
+        root = next(line for line in lines.values() if line.root)
+        name, step = root.operands[index], 0
+        while line := lines.get(name):
+            if line.opcode == "add":
+                values = [_value(lines.get(operand)) for operand in line.operands]
+                step += next((value for value in values if value is not None), 0)
+                name = next((o for o, v in zip(line.operands, values, strict=True) if v is None), "")
+            elif line.opcode in ("copy", "bitcast"):
+                name = line.operands[0]
+            else:
+                break
+        return step or 1
 
     def scheduled(self) -> Iterator[tuple[str, int, Instruction]]:
         """(computation, runs, instruction) of everything that the chip executes one after the other.
@@ -182,6 +197,18 @@ def _instruction(name: re.Match[str], rest: str) -> Instruction:
         attributes=f"{operands}){attributes}" if opcode.strip() in ("constant", "parameter") else attributes,
         root=name[1] is not None,
     )
+
+
+def _value(line: Instruction | None) -> int | None:
+    """Of a constant."""
+    found = re.match(r"(\d+)\)", line.attributes) if line and line.opcode == "constant" else None
+    return int(found[1]) if found else None
+
+
+def _index(line: Instruction | None) -> int | None:
+    """Which element of a tuple it takes."""
+    found = re.search(r"index=(\d+)", line.attributes) if line else None
+    return int(found[1]) if found and line and line.opcode == "get-tuple-element" else None
 
 
 def _shape_text(text: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Memory of a chip: what a compiled program takes, and what the compiler says when it doesn't fit."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -94,6 +95,26 @@ def _allocations(message: str) -> list[Allocation]:
                 Allocation(_bytes(size[1]), shape[1] if shape else "", where[1] if where else "an argument")
             )
     return sorted(found, key=lambda allocation: -allocation.bytes)
+
+
+def largest_tensors(stablehlo: str, rows: int, parts: int, count: int = 8) -> list[Allocation]:
+    """The largest results of a program before it is compiled, for when the compiler names none.
+
+    Args:
+      stablehlo: the lowered program, with the shapes of all devices together.
+      rows: of the batch.
+      parts: that the batch is cut into. A shape that has `rows`, or a multiple, among its sizes is taken
+        to be cut like the batch; all others count whole.
+      count: how many.
+    """
+    found = {}
+    for text, dtype in set(re.findall(r"-> \(?tensor<((?:\d+x)+)([a-z]+\d+)>", stablehlo)):
+        sizes = [int(size) for size in text.split("x") if size]
+        bits = int(re.sub(r"\D", "", dtype))
+        cut = parts if any(size % rows == 0 for size in sizes) else 1
+        found[f"{dtype}[{','.join(map(str, sizes))}]"] = math.prod(sizes) * bits // 8 // cut
+    biggest = sorted(found.items(), key=lambda item: -item[1])[:count]
+    return [Allocation(size, shape, "(on one chip; the shape is of all)") for shape, size in biggest]
 
 
 def _bytes(text: str) -> int:

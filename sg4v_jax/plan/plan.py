@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sg4v_jax.models.config import ModelConfig
+from sg4v_jax.parallel.rules import ways
 from sg4v_jax.plan import hlo, kernels
 from sg4v_jax.plan.collectives import Collective, collectives
 from sg4v_jax.plan.flops import infer_flops, train_flops
@@ -154,8 +155,7 @@ def plan_serving(
     """Plans `prefill` or `decode`; see `plan_train` and `programs.compile_serving`."""
     program = compile_serving(config, topology, step, serving)
     model = ModelConfig.from_dict(config.model.to_dict())
-    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    rows = ways if step == "prefill" else serving.slots
+    rows = ways("batch", program.mesh) if step == "prefill" else serving.slots
     prefill = step == "prefill"
     if prefill:
         shapes = kernels.Shapes.of(model, topology.chip.name, length=serving.prompt)
@@ -190,11 +190,11 @@ def _plan(
 ) -> Plan:
     module = hlo.parse(program.executable.as_text())
     mesh = dict(program.mesh.shape)
-    ways = mesh["data"] * mesh["fsdp"]
+    parts = ways("batch", program.mesh)
     done, found = work(module), collectives(module)
     each = kernels.seconds(shapes) if cycles else kernels.estimate(shapes)
     # A kernel runs on a chip's rows or images, and on its share of the heads.
-    share = {"vit": images / ways, "flash": rows / ways, "decode": rows / ways}
+    share = {"vit": images / parts, "flash": rows / parts, "decode": rows / parts}
     kernel_seconds = sum(
         runs * each.get(name, 0.0) * share[name.split("_")[0]] / mesh["tensor"]
         for name, runs in done.kernels.items()
@@ -211,7 +211,7 @@ def _plan(
         collectives=found,
         roofline=roofline(topology, coordinates, done, found, kernel_seconds),
         model_flops=model_flops,
-        host_bytes=program.arguments["batch"] * ways,
+        host_bytes=program.arguments["batch"] * parts,
         unknown_loops=module.unknown_loops(),
         compile_seconds=program.seconds,
         **about,

@@ -17,8 +17,8 @@ from sg4v_jax.models.llama import CACHE_AXES, KVCache
 from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.parallel.mesh import make_mesh
 from sg4v_jax.parallel.placement import param_shardings
-from sg4v_jax.parallel.rules import RULES, sharding
-from sg4v_jax.plan.memory import out_of_memory
+from sg4v_jax.parallel.rules import RULES, sharding, ways
+from sg4v_jax.plan.memory import largest_tensors, out_of_memory
 from sg4v_jax.plan.topology import Topology
 from sg4v_jax.train import groups
 from sg4v_jax.train.setup import compile_step, set_up
@@ -98,14 +98,14 @@ def compile_serving(config: ConfigDict, topology: Topology, step: str, serving: 
     """
     model = ModelConfig.from_dict(config.model.to_dict())
     mesh = make_mesh(**config.mesh, devices=topology.devices())
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if serving.slots % ways:
-        raise ValueError(f"{serving.slots} slots do not divide by data x fsdp = {ways}; set --slots")
+    parts = ways("batch", mesh)
+    if serving.slots % parts:
+        raise ValueError(f"{serving.slots} slots do not divide by data x fsdp = {parts}; set --slots")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         graphdef, shapes, axes = abstract_model(model)
         weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
         params = _abstract(weights, param_shardings(shapes, axes, mesh))
-        rows = ways if step == "prefill" else serving.slots
+        rows = parts if step == "prefill" else serving.slots
         cache = _cache(model, mesh, rows, serving.capacity)
 
         def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -144,10 +144,10 @@ def abstract_batch(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Batch:
       ValueError: its rows don't divide by the mesh.
     """
     rows, length, slots = config.data.batch_size, config.data.seq_len, config.data.image_slots
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % (ways * config.train.accumulate):
+    parts = ways("batch", mesh)
+    if rows % (parts * config.train.accumulate):
         raise ValueError(
-            f"config.data.batch_size={rows} rows do not divide by data x fsdp = {ways} times "
+            f"config.data.batch_size={rows} rows do not divide by data x fsdp = {parts} times "
             f"config.train.accumulate={config.train.accumulate}"
         )
     placed = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
@@ -193,6 +193,9 @@ def _compile(mesh: Mesh, function: Any, parts: dict[str, Any]) -> Program:
         failure = out_of_memory(str(error))
         if failure is None:
             raise
+        if not failure.largest:
+            rows = jax.tree.leaves(parts["batch"])[0].shape[0]
+            failure.largest = largest_tensors(lowered.as_text(), rows, ways("batch", mesh))
         raise failure from error
     seconds = time.monotonic() - start
     return Program(executable, mesh, {name: chip_bytes(part) for name, part in parts.items()}, seconds)

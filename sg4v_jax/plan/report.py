@@ -49,23 +49,17 @@ def text(plan: Plan) -> str:
 def failure(error: OutOfMemory, topology: Topology) -> str:
     """What does not fit, and what to change."""
     limit = error.limit or topology.chip.hbm_bytes
-    lines = [f"does not fit {topology.name}: {_gib(error.used)} of {_gib(limit)} per chip"]
+    lines = [f"does not fit {topology.name}: {_gib(error.used)} of {_gib(limit)} per chip", "largest:"]
     for allocation in error.largest[:8]:
         lines.append(f"  {_gib(allocation.bytes):>10}  {allocation.shape}  {allocation.where}")
-    return "\n".join([*lines, *_advice(error)])
+    return "\n".join([*lines, _ADVICE])
 
 
-def _advice(error: OutOfMemory) -> list[str]:
-    lines = ["what helps:"]
-    names = " ".join(allocation.where for allocation in error.largest[:8])
-    if "argument" in names:
-        lines.append("  weights and optimizer: more chips in config.mesh.fsdp or config.mesh.tensor")
-    return [
-        *lines,
-        "  saved activations: config.train.remat=full, more config.train.accumulate, fewer rows a chip",
-        "  the loss: a smaller config.train.loss_chunk",
-        "  or let --search look for what fits",
-    ]
+_ADVICE = """what helps:
+  saved activations ([layers, rows, length, width]): config.train.remat=full, config.train.accumulate
+  logits ([rows, chunk, vocabulary]): a smaller config.train.loss_chunk
+  weights and optimizer: more ways of config.mesh.fsdp or config.mesh.tensor
+  or let --search look for what fits"""
 
 
 def page(plans: list[Plan], title: str) -> str:

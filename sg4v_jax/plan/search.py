@@ -46,7 +46,8 @@ class Candidate:
         """As the command line takes it."""
         return (
             f"--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} "
-            f"--config.mesh.tensor={self.tensor} --config.train.accumulate={self.accumulate} --config.train.remat={self.remat}"
+            f"--config.mesh.tensor={self.tensor} --config.train.accumulate={self.accumulate} "
+            f"--config.train.remat={self.remat}"
         )
 
 
@@ -147,6 +148,5 @@ def saved_widths(model: ModelConfig, remat: str) -> float:
     """Activations that a block of the decoder keeps, in widths of the residual stream."""
     text = model.text
     inner = text.intermediate_size / text.hidden_size
-    return {"full": 1.0, "attention": 2.0, "projections": 5.0, "dots": 5.0 + 2 * inner}.get(
-        remat, 10 + 4 * inner
-    )
+    widths = {"full": 1.0, "attention": 2.0, "mlp": 2.0 + 2 * inner, "projections": 5.0 + 2 * inner}
+    return (widths | {"dots": 6.0 + 2 * inner}).get(remat, 10.0 + 4 * inner)

@@ -146,6 +146,7 @@ def parse(text: str) -> Topology:
 
 
 def _grid(chips: int, dims: int) -> tuple[int, ...]:
-    """The most compact grid, smallest dimension first: 16 chips are 4x4 or 2x2x4."""
+    """The most compact grid, smallest dimension first and ones last: 2x2x1, 4x4 or 2x2x4."""
     power = chips.bit_length() - 1
-    return tuple(2 ** ((power + dim) // dims) for dim in range(dims))
+    sizes = [2 ** ((power + dim) // dims) for dim in range(dims)]
+    return tuple(sorted(sizes, key=lambda size: size == 1))

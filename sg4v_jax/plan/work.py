@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from sg4v_jax.plan.collectives import KINDS
 from sg4v_jax.plan.hlo import Array, Instruction, Module
 
@@ -78,7 +80,7 @@ def _convolution(line: Instruction, left: Array, right: Array) -> int:
     size = 2 * line.result[0].dims[out.index("b")] * line.result[0].dims[out.index("f")]
     size *= right.dims[rhs.index("i")]
     window = dict(re.findall(r"(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_\-]+)", line.attributes))
-    axes = [char for char in lhs if char.isdigit()]
+    axes = sorted(char for char in lhs if char.isdigit())
     for position, axis in enumerate(axes):
         options = {key: value.split("x")[position] for key, value in window.items()}
         size *= _valid_pairs(
@@ -97,12 +99,9 @@ def _valid_pairs(
     *, output: int, kernel: int, length: int, stride: int, low: int, dilate_left: int, dilate_right: int
 ) -> int:
     """Pairs of output and kernel positions that meet an input, and not padding."""
-    pairs = 0
-    for k in range(kernel):
-        for o in range(output):
-            index = o * stride - low + k * dilate_right
-            pairs += index % dilate_left == 0 and 0 <= index // dilate_left < length
-    return pairs
+    outputs, kernels = np.arange(output)[:, None], np.arange(kernel)[None]
+    index = outputs * stride - low + kernels * dilate_right
+    return int(((index % dilate_left == 0) & (index >= 0) & (index < length * dilate_left)).sum())
 
 
 def _traffic(module: Module, computation: str, line: Instruction) -> float:

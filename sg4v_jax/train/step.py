@@ -53,7 +53,8 @@ def make_loss(
         hidden = model(
             batch.tokens, batch.positions, batch.segment_ids, batch.images, batch.image_index, remat
         )
-        return chunked_cross_entropy(hidden, batch.targets, batch.loss_weights, model.text.scorer(), loss_chunk)
+        score = model.text.scorer()
+        return chunked_cross_entropy(hidden, batch.targets, batch.loss_weights, score, loss_chunk)
 
     return loss
 
