@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--tries", type=int, default=8, help="programs that --search compiles")
     parser.add_argument("--cycles", action="store_true", help="count the kernels' cycles (takes minutes)")
     parser.add_argument("--output", help="plan.html or plan.json")
+    parser.add_argument("--hlo", help="folder for the text of the compiled programs")
 
 
 def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         raise ValueError(f"--steps {unknown[0]!r} is not one of {', '.join(STEPS)}")
     run_config = config.parse(config_argv)
     where = topology.parse(arguments.topology)
+    serving = Serving(arguments.slots or 8 * where.num_chips, arguments.prompt, arguments.capacity)
     plans = []
     try:
         if arguments.search:
@@ -58,23 +60,26 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
             if step == "train":
                 plans.append(plan_train(run_config, where, cycles=arguments.cycles))
             else:
-                serving = Serving(
-                    arguments.slots or 8 * where.num_chips, arguments.prompt, arguments.capacity
-                )
                 plans.append(plan_serving(run_config, where, step, serving, cycles=arguments.cycles))
             print(report.text(plans[-1]) + "\n")
     except OutOfMemory as error:
         raise ValueError(report.failure(error, where)) from error
-    if arguments.output:
-        title = f"{' '.join(config_argv)} on {where.name}"
-        if arguments.output.endswith(".html"):
-            content = report.page(plans, title)
-        else:
-            content = json.dumps([plan.to_dict() for plan in plans], indent=1)
-        temporary = f"{arguments.output}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.replace(temporary, arguments.output)
-        print(arguments.output)
+    for plan in plans if arguments.hlo else ():
+        _write(os.path.join(arguments.hlo, f"{plan.step}.txt"), plan.hlo)
+    if arguments.output and arguments.output.endswith(".html"):
+        _write(arguments.output, report.page(plans, f"{' '.join(config_argv)} on {where.name}"))
+    elif arguments.output:
+        _write(arguments.output, json.dumps([plan.to_dict() for plan in plans], indent=1))
     if any(not plan.fits for plan in plans):
         raise ValueError(f"does not fit {where.name}; see above")
+
+
+def _write(path: str, text: str) -> None:
+    """Writes a file as a whole, and says so."""
+    import os
+
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+    print(path)

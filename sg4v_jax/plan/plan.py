@@ -37,6 +37,7 @@ class Plan:
       host_bytes: of the global batch, which hosts send to chips.
       unknown_loops: loops whose trip count depends on data; they count once.
       compile_seconds: on this machine.
+      hlo: the program's text.
     """
 
     step: str
@@ -54,6 +55,7 @@ class Plan:
     host_bytes: int
     unknown_loops: list[str]
     compile_seconds: float
+    hlo: str = dataclasses.field(repr=False)
 
     @property
     def headroom(self) -> int:
@@ -188,7 +190,8 @@ def _plan(
     model_flops: float,
     about: dict[str, Any],
 ) -> Plan:
-    module = hlo.parse(program.executable.as_text())
+    text = program.executable.as_text()
+    module = hlo.parse(text)
     mesh = dict(program.mesh.shape)
     parts = ways("batch", program.mesh)
     done, found = work(module), collectives(module)
@@ -214,5 +217,6 @@ def _plan(
         host_bytes=program.arguments["batch"] * parts,
         unknown_loops=module.unknown_loops(),
         compile_seconds=program.seconds,
+        hlo=text,
         **about,
     )

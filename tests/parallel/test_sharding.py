@@ -55,7 +55,7 @@ def test_moments_lie_like_their_parameters(mesh: str, on_devices: Any) -> None:
     assert found["compiled"] == 1
     if "tensor" in mesh:
         assert found["specs"]["text/blocks/mlp/up/kernel"] == [None, "fsdp", "tensor"]
-        assert found["specs"]["text/embedding"] == ["tensor", None]
+        assert found["specs"]["text/embedding"] == [["tensor", "fsdp"], None]
     key = found["specs"]["text/blocks/attention/key/kernel"]
     # Two heads are split over two devices; a single one is on both.
     assert ("tensor" in key) == (mesh != "fsdp=4 tensor=2")

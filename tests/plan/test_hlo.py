@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (lines as the compiler writes them)
 """Reading compiled programs: snippets as the TPU compiler writes them, layouts and all."""
 
 import pytest
