@@ -93,9 +93,9 @@ def _members(text: str) -> tuple[int, ...]:
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return tuple(map(int, found[1].split(",")))
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = [(name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])]
+        axes = re.findall(r"'([^']*)'=(\d+)", found[1])
         used = re.findall(r"'([^']*)'", found[2])
-        return _along([size for _, size in sizes], [name in used for name, _ in sizes])
+        return _along([int(size) for _, size in axes], [name in used for name, _ in axes])
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         sizes = list(map(int, found[3].split(",")))
         order = list(map(int, found[4].split(","))) if found[4] else list(range(len(sizes)))

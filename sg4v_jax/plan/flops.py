@@ -28,7 +28,7 @@ def train_flops(config: ConfigDict, model: ModelConfig) -> float:
     tunes_tower = any(use for path, use in trained.items() if path.startswith("vision/"))
     tunes_projector = trained["projector/layer_0/kernel"]
     tunes_text = trained["text/head/kernel"]
-    total = 2 * images * tower.num_patches * (3 * tower.patch_size**2) * tower.hidden_size
+    total: float = 2 * images * tower.num_patches * (3 * tower.patch_size**2) * tower.hidden_size
     per_block = 2 * positions * _tower_block(model) + images * _tower_attention(model)
     total += (tower.tuned_from + (3 if tunes_tower else 1) * blocks) * per_block
     # Forward, gradient of the weights if they train, of the input if something below trains.
@@ -53,7 +53,9 @@ def infer_flops(model: ModelConfig, rows: int, positions: int, context: float, i
     """
     tower, text = model.vision, model.text
     tokens = images * (tower.num_patches + 1)
-    total = tower.num_used_layers * (2 * tokens * _tower_block(model) + images * _tower_attention(model))
+    total: float = tower.num_used_layers * (
+        2 * tokens * _tower_block(model) + images * _tower_attention(model)
+    )
     total += 2 * images * tower.num_image_tokens * _projector(model)
     total += 2 * rows * positions * text.num_layers * _text_block(model)
     total += _text_attention(model, rows * positions * context)

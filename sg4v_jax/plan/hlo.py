@@ -175,7 +175,7 @@ def parse(text: str) -> Module:
         if header and " = " not in line.split("(", 1)[0]:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # Metadata of kernels may break lines, and start one with "}}".
             current = None
         elif current is not None and (found := _NAME.match(line.strip())):
             current.append(_instruction(found, line.strip()[found.end() :]))

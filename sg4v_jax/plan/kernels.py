@@ -15,13 +15,14 @@ from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.plan.topology import CHIPS
 
 _NAMES = ("flash_forward", "flash_backward", "vit_forward", "vit_backward", "decode")
-# Of the chip's peak, or of its memory's bandwidth for `decode`: rows of 2048 positions with two samples,
-# images of 577, caches of 2048. Counted with libtpu 0.0.52.
+# Of the chip's peak, or of its memory's bandwidth for `decode`: rows of two samples of 1024 positions,
+# images of 577, caches of 2048. v5e was counted at these shapes; the others are scaled from it by the table
+# of docs/kernels.md, and v4's decoding is a guess.
 SHARES = {
-    "v4": dict(zip(_NAMES, (0.4, 0.45, 0.4, 0.4, 0.9), strict=True)),
-    "v5e": dict(zip(_NAMES, (0.484, 0.579, 0.377, 0.392, 0.98), strict=True)),
-    "v5p": dict(zip(_NAMES, (0.4, 0.45, 0.4, 0.4, 0.9), strict=True)),
-    "v6e": dict(zip(_NAMES, (0.25, 0.3, 0.15, 0.2, 0.9), strict=True)),
+    "v4": dict(zip(_NAMES, (0.36, 0.31, 0.28, 0.36, 0.90), strict=True)),
+    "v5e": dict(zip(_NAMES, (0.48, 0.58, 0.38, 0.39, 0.98), strict=True)),
+    "v5p": dict(zip(_NAMES, (0.48, 0.42, 0.40, 0.40, 0.99), strict=True)),
+    "v6e": dict(zip(_NAMES, (0.18, 0.25, 0.13, 0.16, 0.99), strict=True)),
 }
 
 
@@ -148,7 +149,7 @@ def _decoder(shapes: Shapes) -> dict[str, float]:
                 lambda q, k, v, s, p=problem: forward(p, q, k, v, s),
                 (query, key, key, segments), shapes.generation, operands=operands,
             )  # fmt: skip
-        found[name] = report.time_of("flash") / 1e6 * shapes.heads / heads / report.generation.cores
+        found[name] = report.time_of("flash") / 1e6 * shapes.heads / heads
     return found
 
 
@@ -171,10 +172,7 @@ def _tower(shapes: Shapes) -> dict[str, float]:
         shapes.generation,
     )
     reports = {"vit_forward": forward, "vit_backward": backward}
-    return {
-        name: report.time_of("vit") / 1e6 / images / report.generation.cores
-        for name, report in reports.items()
-    }
+    return {name: report.time_of("vit") / 1e6 / images for name, report in reports.items()}
 
 
 def _decode(shapes: Shapes) -> dict[str, float]:
@@ -195,7 +193,7 @@ def _decode(shapes: Shapes) -> dict[str, float]:
         shapes.generation,
         values={3: np.full(slots, shapes.capacity, np.int32)},
     )
-    return {"decode": report.time_of("decode") / 1e6 / slots / report.generation.cores}
+    return {"decode": report.time_of("decode") / 1e6 / slots}
 
 
 def _bf16(*shape: int) -> Any:

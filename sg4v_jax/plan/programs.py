@@ -153,7 +153,7 @@ def abstract_batch(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Batch:
     placed = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
     size = model.vision.image_size
 
-    def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def struct(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     text = struct((rows, length), jnp.int32)
@@ -179,8 +179,8 @@ def chip_bytes(tree: Any) -> int:
 def _cache(model: ModelConfig, mesh: Mesh, rows: int, capacity: int) -> KVCache:
     text = model.text
     shape = (text.num_layers, rows, capacity, text.num_kv_heads, text.head_dim)
-    part = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding(CACHE_AXES, shape, mesh))
-    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding(("batch",), (rows,), mesh))
+    part: Any = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding(CACHE_AXES, shape, mesh))
+    lengths: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding(("batch",), (rows,), mesh))
     return KVCache(key=part, value=part, lengths=lengths)
 
 

@@ -40,7 +40,8 @@ def work(module: Module) -> Work:
         for name, runs in module.runs().items()
         if name in module.computations
     )
-    bytes_, kernels = 0.0, {}
+    bytes_ = 0.0
+    kernels: dict[str, int] = {}
     for computation, runs, line in module.scheduled():
         bytes_ += runs * _traffic(module, computation, line)
         if 'custom_call_target="tpu_custom_call"' in line.attributes:

@@ -3,8 +3,8 @@
 from sg4v_jax.plan.memory import GIB, largest_tensors, out_of_memory
 
 BRIEF = (
-    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
-    "temporaries (17.42G) exceeds available HBM (15.75G). HLO module: jit_train_step."
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+    "HLO temporaries (17.42G) exceeds available HBM (15.75G). HLO module: jit_train_step."
 )
 LONG = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 24.05G of 15.48G hbm. Exceeded hbm capacity by 8.57G.
 

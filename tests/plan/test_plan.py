@@ -31,7 +31,8 @@ from sg4v_jax.__main__ import main
 main(["plan", *sys.argv[2:], "--topology=v5e:2x2", "--steps=train,decode", "--capacity=256",
       "--output", sys.argv[1] + "/plan.json", "--hlo", sys.argv[1]])
 try:
-    main(["plan", *sys.argv[2:], "--topology=v5e-4", "--config.data.batch_size=24000", "--config.train.remat=none"])
+    main(["plan", *sys.argv[2:], "--topology=v5e-4", "--config.data.batch_size=24000",
+          "--config.train.remat=none"])
 except SystemExit as end:
     sys.exit(0 if end.code == 2 else 1)
 sys.exit("it fits?")
@@ -74,8 +75,9 @@ def test_state_is_sharded_and_memory_adds_up(ran: Ran) -> None:
     assert parts["trained weights"] == pytest.approx(1_580_000, rel=0.02)
     # The compiler pads widths of less than 128.
     assert sum(parts.values()) < memory["arguments"] < 3 * sum(parts.values())
-    assert memory["peak"] == sum(memory[k] for k in ("arguments", "outputs", "temporaries", "program")) - (
-        memory["aliased"]
+    assert (
+        memory["peak"]
+        == sum(memory[k] for k in ("arguments", "outputs", "temporaries", "program")) - (memory["aliased"])
     )
     assert ran.train["fits"] and memory["headroom"] == memory["limit"] - memory["peak"] > 0
 
@@ -87,7 +89,7 @@ def test_weights_are_gathered_in_bfloat16(ran: Ran) -> None:
     lines = [line for lines in ran.program.computations.values() for line in lines]
     for line in lines:
         if line.opcode.startswith("all-gather"):
-            assert all(a.dtype == "bf16" or a.bytes <= 4096 for a in line.result if a.dtype in ("bf16", "f32"))
+            assert all(a.bytes <= 4096 for a in line.result if a.dtype == "f32")
 
 
 @pytest.mark.slow
@@ -95,7 +97,7 @@ def test_nothing_is_kept_of_frozen_blocks_and_no_logits_whole(ran: Ran) -> None:
     """8 rows of 256 on 4 chips, 640 pieces, 4 images a row of 17 positions and width 128."""
     sizes = {array.dims for array in results(ran.program)}
     # Inputs of the blocks that train are kept, in the decoder ...
-    assert any(dims[0] == 5 and 2 * 256 * 128 * 5 == _size(dims) for dims in sizes if dims)
+    assert any(dims[0] == 5 and _size(dims) == 2 * 256 * 128 * 5 for dims in sizes if dims)
     # ... but nothing like an activation of the three frozen blocks together.
     assert not any(dims[0] == 3 and _size(dims) >= 3 * 8 * 17 * 128 for dims in sizes if dims)
     assert not any(640 in dims and _size(dims) >= 2 * 256 * 640 for dims in sizes)
