@@ -5,11 +5,12 @@ tower or decoder to align, so there everything learns.
 """
 
 from ml_collections import ConfigDict
-from sg4v_jax.configs import common
+from sg4v_jax.configs import common, pods
 
 
-def get_config(size: str = "7b") -> ConfigDict:
-    """`7b`, `13b` or `tiny`."""
+def get_config(arg: str = "7b") -> ConfigDict:
+    """`7b`, `13b` or `tiny`; for a TPU slice `7b,v5e-64` and so on, see `pods`."""
+    size, pod = pods.split(arg)
     config = common.base(size)
     config.stage = "align"
     common.add_source(config, "brief_captions")
@@ -24,4 +25,4 @@ def get_config(size: str = "7b") -> ConfigDict:
         config.optim.learning_rate = 1e-3
         config.model.vision.tuned_from = config.model.vision.num_layers - 1
         config.optim.groups = (("projector/.*", 1.0), (".*", None))
-    return config
+    return pods.place(config, size, pod)

@@ -5,13 +5,14 @@ same job on this architecture, starting from a pre-trained model.
 """
 
 from ml_collections import ConfigDict
-from sg4v_jax.configs import common
+from sg4v_jax.configs import common, pods
 
 PROMPT = "Analyze the image in a comprehensive and detailed manner."
 
 
-def get_config(size: str = "7b") -> ConfigDict:
-    """`7b`, `13b` or `tiny`."""
+def get_config(arg: str = "7b") -> ConfigDict:
+    """`7b`, `13b` or `tiny`; for a TPU slice `7b,v5e-64` and so on, see `pods`."""
+    size, pod = pods.split(arg)
     config = common.base(size)
     config.stage = "captioner"
     common.add_source(config, "cap_dense")
@@ -26,4 +27,4 @@ def get_config(size: str = "7b") -> ConfigDict:
         config.data.seq_len = 3456
         config.model.vision.tuned_from = 12
         config.optim.groups = ((common.BELOW_BLOCKS, None), (common.ABOVE_BLOCKS, None), (".*", 1.0))
-    return config
+    return pods.place(config, size, pod)

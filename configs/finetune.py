@@ -1,11 +1,12 @@
 """Stage 2: projector and decoder learn to follow instructions; the vision tower is frozen (spec 4.2)."""
 
 from ml_collections import ConfigDict
-from sg4v_jax.configs import common
+from sg4v_jax.configs import common, pods
 
 
-def get_config(size: str = "7b") -> ConfigDict:
-    """`7b`, `13b` or `tiny`."""
+def get_config(arg: str = "7b") -> ConfigDict:
+    """`7b`, `13b` or `tiny`; for a TPU slice `7b,v5e-64` and so on, see `pods`."""
+    size, pod = pods.split(arg)
     config = common.base(size)
     config.stage = "finetune"
     common.add_source(config, "sft_mix")
@@ -16,4 +17,4 @@ def get_config(size: str = "7b") -> ConfigDict:
         config.data.seq_len = 512
         config.data.image_slots = 3
         config.optim.learning_rate = 1e-3
-    return config
+    return pods.place(config, size, pod)

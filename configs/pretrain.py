@@ -1,11 +1,12 @@
 """Stage 1: projector, decoder and the vision tower from block 12 learn from dense captions (spec 4.1)."""
 
 from ml_collections import ConfigDict
-from sg4v_jax.configs import common
+from sg4v_jax.configs import common, pods
 
 
-def get_config(size: str = "7b") -> ConfigDict:
-    """`7b`, `13b` or `tiny`."""
+def get_config(arg: str = "7b") -> ConfigDict:
+    """`7b`, `13b` or `tiny`; for a TPU slice `7b,v5e-64` and so on, see `pods`."""
+    size, pod = pods.split(arg)
     config = common.base(size)
     config.stage = "pretrain"
     common.add_source(config, "share_captioner")
@@ -24,4 +25,4 @@ def get_config(size: str = "7b") -> ConfigDict:
         (common.ABOVE_BLOCKS, None),
         (".*", 1.0),
     )
-    return config
+    return pods.place(config, size, pod)

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sg4v_jax.commands import caption, chat, collect, convert, data, demo, evaluate, report, train
+from sg4v_jax.commands import caption, chat, collect, convert, data, demo, evaluate, plan, report, train
 from sg4v_jax.commands.common import HelpFormatter
 
 DESCRIPTION = """\
@@ -17,6 +17,7 @@ the loop:
   sg4v data check             what is wrong with a data file and its images
   sg4v data build             LLaVA-format JSON + images -> a dataset
   sg4v data show              a packed batch as a person would want to see it
+  sg4v plan                   does it fit a TPU pod, and how fast can it be: without a pod
   sg4v train                  a captioner, pre-training, SFT: one --config each
   sg4v caption                a corpus of images -> captions, restartable
   sg4v report                 what captions are like, compared and voted on
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, config_argv = split_config(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("sg4v", description=DESCRIPTION, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, data, collect, train, caption, report, chat, evaluate, convert):
+    for module in (demo, data, collect, plan, train, caption, report, chat, evaluate, convert):
         module.add(commands)
     arguments = parser.parse_args(own)
     if config_argv and not arguments.takes_config:

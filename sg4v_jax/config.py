@@ -92,7 +92,7 @@ def _installed() -> pathlib.Path:
 
 
 def _names() -> list[str]:
-    hidden = ("__init__.py", "common.py")
+    hidden = ("__init__.py", "common.py", "pods.py")
     return sorted(path.name for path in _installed().glob("*.py") if path.name not in hidden)
 
 

@@ -5,6 +5,7 @@ After a change that is meant, write the golden file anew and read its diff:
     SG4V_UPDATE_GOLDEN=1 python -m pytest tests/test_config.py
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
+from sg4v_jax.configs import pods
 
 from sg4v_jax import config as configs
 from sg4v_jax.data.conversation import get_template
@@ -19,6 +21,7 @@ from sg4v_jax.data.image import ASPECTS
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.layers import REMAT_POLICIES
 from sg4v_jax.models.sharegpt4v import abstract_model
+from sg4v_jax.plan import topology
 from sg4v_jax.train import groups
 from sg4v_jax.train.step import REDUCTIONS
 
@@ -26,7 +29,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden/configs.json"
 FILES = sorted(
     path.name
     for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-    if path.name not in ("__init__.py", "common.py")
+    if path.name not in ("__init__.py", "common.py", "pods.py")
 )
 SIZES = ("7b", "13b", "tiny")
 SPECS = [f"configs/{name}:{size}" for name in FILES for size in SIZES]
@@ -42,6 +45,20 @@ def test_no_config_drifts_unseen() -> None:
     assert found.keys() == expected.keys()
     for spec in SPECS:
         assert found[spec] == expected[spec], f"{spec} has changed; if it was meant to, see this file's head"
+
+
+def test_every_slice_has_its_mesh() -> None:
+    """`7b,v5e-64` is the config of the size with another mesh and remat policy, which divide the slice."""
+    for name, size, pod in itertools.product(FILES, ("7b", "13b"), pods.PODS):
+        plain, placed = (configs.load(f"configs/{name}:{arg}") for arg in (size, f"{size},{pod}"))
+        mesh = placed.mesh
+        assert mesh.fsdp * mesh.tensor * mesh.data == topology.parse(pod).num_chips == pods.PODS[pod][0]
+        assert placed.data.batch_size % (mesh.fsdp * mesh.data) == 0
+        assert placed.model.text.num_heads % mesh.tensor == 0
+        assert placed.train.remat in REMAT_POLICIES
+        with placed.unlocked():
+            placed.mesh, placed.train.remat = plain.mesh, plain.train.remat
+        assert placed.to_json_best_effort() == plain.to_json_best_effort()
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -128,6 +145,15 @@ def test_sizes_default_to_the_paper_s() -> None:
         ([TINY, "--config.data.sources.x.weight=1"], r"config\.data\.sources\.x; there are share_captioner"),
         ([TINY, "--config.seed.x=1"], r"no field config\.seed\.x"),
         ([TINY, "--config.optim.b1=half"], r"config\.optim\.b1=half: could not convert"),
+        (
+            ["--config=configs/pretrain.py:7b,v5e-46"],
+            r"no settings for TPU slice 'v5e-46'; did you mean v5e-",
+        ),
+        (
+            ["--config=configs/pretrain.py:7b,mars"],
+            "no settings for TPU slice 'mars'; there are v4-32, v4-64",
+        ),
+        (["--config=configs/pretrain.py:tiny,v5e-64"], "the tiny model needs no TPU slice"),
         ([TINY, "--config.train.num_steps=1.5"], r"config\.train\.num_steps=1\.5: invalid literal for int"),
     ],
 )

@@ -17,6 +17,7 @@ FLOORS = (
     ("convert",),
     ("infer",),
     ("train", "caption", "evaluate"),
+    ("plan",),
     ("demo",),
     ("commands",),
     ("__main__",),

@@ -20,8 +20,14 @@ from sg4v_jax.parallel.rules import constrain
 
 Block = TypeVar("Block", bound=nnx.Module)
 
+_only = jax.checkpoint_policies.save_only_these_names
+
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    # What the decoder and its kernel name; the vision tower, which is small, keeps its blocks' inputs.
+    "attention": _only("attended"),
+    "mlp": _only("attended", "mlp"),
+    "projections": _only("attended", "mlp", "projections"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "none": None,
 }
@@ -122,8 +128,10 @@ def run_stack(
       blocks: a block whose parameters have a leading layer axis.
       x: the residual stream.
       body: applies one block.
-      remat: what the backward pass recomputes: `full` keeps only each block's input, `dots` also
-        the results of matrix products with weights, `none` everything.
+      remat: what the backward pass recomputes. `full` keeps only each block's input. `attention` keeps
+        the attention kernel's result as well, `mlp` also the gate and the other inner activation of the
+        MLP, `projections` also queries, keys and values. `dots` keeps the results of all matrix products
+        with weights but not the kernel's, `none` everything. docs/plan.md has what each costs and saves.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat {remat!r} is not one of {sorted(REMAT_POLICIES)}")

@@ -1,8 +1,11 @@
 """LLaMA decoder with grouped-query attention and a KV cache (Touvron et al. 2023; spec 3.1)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sg4v_jax.kernels.attention import attention
@@ -56,7 +59,8 @@ class MLP(nnx.Module):
         self.down = Linear(inner, width, ("mlp", "embed"), bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length d"]) -> Float[Array, "batch length d"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = (checkpoint_name(layer(x), "mlp") for layer in (self.gate, self.up))
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -78,7 +82,8 @@ class Block(nnx.Module):
         """Query, key and value of the block's input."""
         y = self.attention_norm(x)
         layer = self.attention
-        return rotate(layer.query(y), angles), rotate(layer.key(y), angles), layer.value(y)
+        query, key, value = rotate(layer.query(y), angles), rotate(layer.key(y), angles), layer.value(y)
+        return tuple(checkpoint_name(x, "projections") for x in (query, key, value))
 
     def finish(
         self, x: Float[Array, "batch length d"], attended: Float[Array, "batch length heads head_dim"]
@@ -94,7 +99,7 @@ class Llama(nnx.Module):
     def __init__(self, config: TextConfig, rngs: nnx.Rngs):
         self.config = config
         table = 0.5 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size))
-        self.embedding = nnx.Param(table, axes=("vocab", None))
+        self.embedding = nnx.Param(table, axes=("table", None))
         self.blocks = stack(lambda rngs: Block(config, rngs), config.num_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(
@@ -103,7 +108,8 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length d"]:
         """Embeddings of token ids."""
-        return constrain(jnp.take(self.embedding[...], tokens, axis=0), ("batch", "length", None))
+        table = constrain(self.embedding[...], ("vocab", None))
+        return constrain(jnp.take(table, tokens, axis=0), ("batch", "length", None))
 
     def __call__(
         self,
@@ -200,6 +206,11 @@ class Llama(nnx.Module):
 
         x, _ = jax.lax.scan(step, x.reshape(rows, length, width), (self.blocks, keys, values))
         return self.norm(x).reshape(batch, branches, length, width)
+
+    def scorer(self) -> Callable[[Float[Array, "... d"]], Float[Array, "... vocab"]]:
+        """`logits` for a loop: the head is gathered once before it, its gradient reduced once after it."""
+        kernel = constrain(self.head.kernel[...], (None, "vocab"))
+        return lambda hidden: (hidden @ kernel).astype(jnp.float32)
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Scores over the vocabulary, in float32."""

@@ -24,9 +24,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    # The embedding table is split by rows only: splitting its width over `fsdp` makes XLA
-    # rematerialise the whole table in the backward pass.
     "vocab": "tensor",
+    # Rows of the embedding table. It is stored over all devices and gathered over `fsdp` where it is
+    # used (`models.llama`). Splitting its width makes XLA rematerialise it in the backward pass.
+    "table": ("tensor", "fsdp"),
 }
 
 

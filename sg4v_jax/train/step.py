@@ -75,7 +75,9 @@ def make_loss(
             batch.tokens, batch.positions, batch.segment_ids, batch.images, batch.image_index, remat
         )
         weights, counts = batch.loss_weights, batch.loss_weights > 0
-        losses, correct = chunked_cross_entropy(hidden, batch.targets, counts, model.text.logits, loss_chunk)
+        losses, correct = chunked_cross_entropy(
+            hidden, batch.targets, counts, model.text.scorer(), loss_chunk
+        )
         # A sum, not a product of matrices: a TPU would round those to bfloat16.
         is_kind = counts & (batch.kinds == jnp.arange(kinds)[:, None, None])
         sums = {

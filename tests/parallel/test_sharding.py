@@ -58,7 +58,7 @@ def test_moments_lie_like_their_parameters(case: Case, on_devices: Any) -> None:
     assert "text/blocks/mlp/up/kernel" in found["split_moments"]
     if "tensor" in case.mesh:
         assert found["specs"]["text/blocks/mlp/up/kernel"] == [None, "fsdp", "tensor"]
-        assert found["specs"]["text/embedding"] == ["tensor", None]
+        assert found["specs"]["text/embedding"] == [["tensor", "fsdp"], None]
     key = found["specs"]["text/blocks/attention/key/kernel"]
     # Two heads are split over two devices; a single one is on both.
     assert ("tensor" in key) == (case.kv_heads > 1)

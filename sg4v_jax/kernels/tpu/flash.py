@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sg4v_jax.kernels.tpu.flash_backward import backward
@@ -78,7 +79,8 @@ def _attention_fwd(
     settings: Settings, query: Array, key: Array, value: Array, segments: Array | None
 ) -> tuple[Array, Any]:
     problem = Problem.of(settings.machine, settings.forward, query, key, backward=False)
-    out, lse = forward(problem, query, key, value, segments)
+    # A remat policy that keeps both keeps the backward pass from running this kernel again.
+    out, lse = (checkpoint_name(x, "attended") for x in forward(problem, query, key, value, segments))
     return out, (query, key, value, segments, out, lse)
 
 

@@ -1,0 +1,1 @@
+"""What a run needs of a TPU pod, from the compiler alone: no TPU is involved."""

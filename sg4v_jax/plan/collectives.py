@@ -1,0 +1,119 @@
+"""The collectives of a compiled program: kinds, bytes, who takes part, and whether they hide behind work."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+from sg4v_jax.plan.hlo import Instruction, Module
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program.
+
+    Attributes:
+      kind: of `KINDS`.
+      runs: how often it runs in one step.
+      bytes: its whole arrays in one run: what is gathered, reduced or scattered.
+      members: positions in the mesh of the first group of devices that take part.
+      hidden: whether the compiler runs it beside other work.
+      where: the JAX operation it comes from.
+    """
+
+    kind: str
+    runs: int
+    bytes: int
+    members: tuple[int, ...]
+    hidden: bool
+    where: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each chip sends in a step, by the ring algorithm."""
+        share = (len(self.members) - 1) / len(self.members)
+        factor = {"all-reduce": 2 * share, "collective-permute": 1}.get(self.kind, share)
+        return self.runs * self.bytes * factor
+
+
+def collectives(module: Module) -> list[Collective]:
+    """All collectives of a program, in the order of its text."""
+    found: dict[tuple[str, str], Collective] = {}
+    for computation, runs, line in module.scheduled():
+        for inner, hidden in _inside(module, line):
+            # Start, steps and end of an asynchronous collective each name it: they are one.
+            channel = re.search(r"channel_id=(\d+)", inner.attributes)
+            key = computation, channel[1] if channel else inner.name
+            if inner.bytes and key not in found:
+                found[key] = _collective(inner, runs, hidden, scattered=line is not inner and _scatters(line))
+            elif hidden and key in found:
+                found[key] = dataclasses.replace(found[key], hidden=True)
+    return list(found.values())
+
+
+def _inside(module: Module, line: Instruction) -> Iterator[tuple[Instruction, bool]]:
+    """The collectives that one instruction runs, and whether it hides them."""
+    kind = line.opcode.removesuffix("-start")
+    if kind in KINDS:
+        yield line, line.opcode.endswith("-start")
+    elif line.opcode in ("fusion", "custom-call", "async-start"):
+        named = (line.name, *line.called())
+        hidden = line.opcode == "async-start" or any(re.match("async.collective", name) for name in named)
+        for called in line.called():
+            for inner in module.computations.get(called, ()):
+                for collective, _ in _inside(module, inner):
+                    yield collective, hidden
+
+
+def _scatters(line: Instruction) -> bool:
+    """Whether a fusion keeps only this chip's part of an all-reduce."""
+    return any(name.startswith("all-reduce-scatter") for name in line.called())
+
+
+def _collective(line: Instruction, runs: int, hidden: bool, scattered: bool) -> Collective:
+    kind = line.opcode.removesuffix("-start")
+    sizes = [array.bytes for array in line.result]
+    # The result of a start holds the operands beside what comes of them.
+    total = max(sizes, default=0) if line.opcode.endswith("-start") else sum(sizes)
+    members = _members(line.attributes)
+    if kind == "reduce-scatter":
+        total *= len(members)
+    where = re.search(r'op_name="([^"]*)"', line.attributes)
+    kind = "reduce-scatter" if scattered else kind
+    return Collective(kind, runs, total, members, hidden, where[1] if where else "")
+
+
+def _members(text: str) -> tuple[int, ...]:
+    """The first group, from any of the forms in which XLA writes groups."""
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return int(found[1]), int(found[2])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return tuple(map(int, found[1].split(",")))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        axes = re.findall(r"'([^']*)'=(\d+)", found[1])
+        used = re.findall(r"'([^']*)'", found[2])
+        return _along([int(size) for _, size in axes], [name in used for name, _ in axes])
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        sizes = list(map(int, found[3].split(",")))
+        order = list(map(int, found[4].split(","))) if found[4] else list(range(len(sizes)))
+        return tuple(itertools.islice(_transposed(sizes, order), int(found[2])))
+    return (0,)
+
+
+def _along(sizes: list[int], used: list[bool]) -> tuple[int, ...]:
+    """Row-major indices of those that differ from the first only in the used axes."""
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    ranges = [range(size if use else 1) for size, use in zip(sizes, used, strict=True)]
+    return tuple(
+        sum(i * s for i, s in zip(index, strides, strict=True)) for index in itertools.product(*ranges)
+    )
+
+
+def _transposed(sizes: list[int], order: list[int]) -> Iterator[int]:
+    """0, 1, 2, ... as an array of `sizes`, its axes in another order, row by row."""
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    for index in itertools.product(*(range(sizes[axis]) for axis in order)):
+        yield sum(i * strides[axis] for i, axis in zip(index, order, strict=True))

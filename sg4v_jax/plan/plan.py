@@ -1,0 +1,222 @@
+"""What one step of a config takes of a slice: compile it, and read everything off the program."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sg4v_jax.models.config import ModelConfig
+from sg4v_jax.parallel.rules import ways
+from sg4v_jax.plan import hlo, kernels
+from sg4v_jax.plan.collectives import Collective, collectives
+from sg4v_jax.plan.flops import infer_flops, train_flops
+from sg4v_jax.plan.memory import Memory
+from sg4v_jax.plan.programs import Program, Serving, compile_serving, compile_train
+from sg4v_jax.plan.roofline import Roofline, roofline
+from sg4v_jax.plan.topology import Topology
+from sg4v_jax.plan.work import Work, work
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One program on one slice. Numbers are of one chip and one step unless they say otherwise.
+
+    Attributes:
+      step: `train`, `prefill` or `decode`.
+      topology: the slice.
+      mesh: ways by axis.
+      rows: of the global batch; slots for `decode`.
+      tokens: positions of the global batch that are computed.
+      remat: what the backward pass computes again; empty for serving.
+      memory: HBM of a chip.
+      arguments: bytes of what the program gets, by part.
+      work: products, memory traffic and kernels.
+      collectives: of the program.
+      roofline: least times.
+      model_flops: of the global step, by the mathematics alone.
+      host_bytes: of the global batch, which hosts send to chips.
+      unknown_loops: loops whose trip count depends on data; they count once.
+      compile_seconds: on this machine.
+      hlo: the program's text.
+    """
+
+    step: str
+    topology: Topology
+    mesh: dict[str, int]
+    rows: int
+    tokens: int
+    remat: str
+    memory: Memory
+    arguments: dict[str, int]
+    work: Work
+    collectives: list[Collective]
+    roofline: Roofline
+    model_flops: float
+    host_bytes: int
+    unknown_loops: list[str]
+    compile_seconds: float
+    hlo: str = dataclasses.field(repr=False)
+
+    @property
+    def headroom(self) -> int:
+        return self.topology.chip.hbm_bytes - self.memory.peak
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom >= 0
+
+    def mfu(self, seconds: float) -> float:
+        """Model FLOPs by what the slice could do in that time."""
+        return self.model_flops / (seconds * self.topology.chip.flops * self.topology.num_chips)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can write it."""
+        chips = self.topology.num_chips
+        return {
+            "step": self.step,
+            "topology": self.topology.name,
+            "chips": chips,
+            "mesh": self.mesh,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "remat": self.remat,
+            "fits": self.fits,
+            "hbm": {
+                **dataclasses.asdict(self.memory),
+                "peak": self.memory.peak,
+                "limit": self.topology.chip.hbm_bytes,
+                "headroom": self.headroom,
+            },
+            "argument_parts": self.arguments,
+            "model_flops_per_chip": self.model_flops / chips,
+            "product_flops_per_chip": self.work.product_flops,
+            "hbm_traffic": self.work.hbm_bytes,
+            "kernels": self.work.kernels,
+            "collectives": summary(self.collectives),
+            "host_bytes": self.host_bytes,
+            "seconds": {
+                **dataclasses.asdict(self.roofline),
+                "bound": self.roofline.bound,
+                "expected": self.roofline.expected,
+            },
+            "limit": self.roofline.limit,
+            "mfu_bound": self.mfu(self.roofline.bound),
+            "mfu_expected": self.mfu(self.roofline.expected),
+            "tokens_per_second_per_chip": self.tokens / chips / self.roofline.expected,
+            "unknown_loops": self.unknown_loops,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def summary(found: list[Collective]) -> dict[str, dict[str, float]]:
+    """By kind: how many run in a step, bytes that a chip sends, and how many of these are hidden."""
+    kinds: dict[str, dict[str, float]] = {}
+    for collective in found:
+        kind = kinds.setdefault(collective.kind, {"count": 0, "sent": 0.0, "hidden": 0.0})
+        kind["count"] += collective.runs
+        kind["sent"] += collective.sent
+        kind["hidden"] += collective.sent * collective.hidden
+    return kinds
+
+
+def plan_train(config: ConfigDict, topology: Topology, *, cycles: bool = False) -> Plan:
+    """Plans the train step of a config.
+
+    Args:
+      config: a run's.
+      topology: the slice.
+      cycles: count the kernels' cycles, which takes a minute or two, instead of estimating them.
+
+    Raises:
+      ValueError, OutOfMemory, RuntimeError: see `programs.compile_train`.
+    """
+    program = compile_train(config, topology)
+    model = ModelConfig.from_dict(config.model.to_dict())
+    data = config.data
+    shapes = kernels.Shapes.of(model, topology.chip.name, length=data.seq_len, samples=data.image_slots)
+    return _plan(
+        program,
+        topology,
+        step="train",
+        shapes=shapes,
+        cycles=cycles,
+        rows=data.batch_size // config.train.accumulate,
+        images=data.batch_size * data.image_slots // config.train.accumulate,
+        model_flops=train_flops(config, model),
+        about={
+            "rows": data.batch_size,
+            "tokens": data.batch_size * data.seq_len,
+            "remat": config.train.remat,
+        },
+    )
+
+
+def plan_serving(
+    config: ConfigDict, topology: Topology, step: str, serving: Serving, *, cycles: bool = False
+) -> Plan:
+    """Plans `prefill` or `decode`; see `plan_train` and `programs.compile_serving`."""
+    program = compile_serving(config, topology, step, serving)
+    model = ModelConfig.from_dict(config.model.to_dict())
+    rows = ways("batch", program.mesh) if step == "prefill" else serving.slots
+    prefill = step == "prefill"
+    if prefill:
+        shapes = kernels.Shapes.of(model, topology.chip.name, length=serving.prompt)
+        flops = infer_flops(model, rows, serving.prompt, serving.prompt / 2, rows)
+    else:
+        shapes = kernels.Shapes.of(model, topology.chip.name, capacity=serving.capacity)
+        flops = infer_flops(model, rows, 1, serving.capacity, 0)
+    return _plan(
+        program,
+        topology,
+        step=step,
+        shapes=shapes,
+        cycles=cycles,
+        rows=rows,
+        images=rows,
+        model_flops=flops,
+        about={"rows": rows, "tokens": rows * (serving.prompt if prefill else 1), "remat": ""},
+    )
+
+
+def _plan(
+    program: Program,
+    topology: Topology,
+    *,
+    step: str,
+    shapes: kernels.Shapes,
+    cycles: bool,
+    rows: int,
+    images: int,
+    model_flops: float,
+    about: dict[str, Any],
+) -> Plan:
+    text = program.executable.as_text()
+    module = hlo.parse(text)
+    mesh = dict(program.mesh.shape)
+    parts = ways("batch", program.mesh)
+    done, found = work(module), collectives(module)
+    each = kernels.seconds(shapes) if cycles else kernels.estimate(shapes)
+    # A kernel runs on a chip's rows or images, and on its share of the heads.
+    share = {"vit": images / parts, "flash": rows / parts, "decode": rows / parts}
+    kernel_seconds = sum(
+        runs * each.get(name, 0.0) * share[name.split("_")[0]] / mesh["tensor"]
+        for name, runs in done.kernels.items()
+        if name.split("_")[0] in share
+    )
+    coordinates = [tuple(device.coords) for device in program.mesh.devices.flat]
+    return Plan(
+        step=step,
+        topology=topology,
+        mesh=mesh,
+        memory=Memory.of(program.executable),
+        arguments=program.arguments,
+        work=done,
+        collectives=found,
+        roofline=roofline(topology, coordinates, done, found, kernel_seconds),
+        model_flops=model_flops,
+        host_bytes=program.arguments["batch"] * parts,
+        unknown_loops=module.unknown_loops(),
+        compile_seconds=program.seconds,
+        hlo=text,
+        **about,
+    )

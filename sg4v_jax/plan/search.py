@@ -1,0 +1,152 @@
+"""The fastest mesh, number of rows and remat policy that fit a slice."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sg4v_jax.models.config import ModelConfig
+from sg4v_jax.models.layers import REMAT_POLICIES
+from sg4v_jax.models.sharegpt4v import abstract_model
+from sg4v_jax.plan.flops import train_flops
+from sg4v_jax.plan.memory import OutOfMemory
+from sg4v_jax.plan.plan import Plan, plan_train
+from sg4v_jax.plan.topology import GIB, Topology
+from sg4v_jax.train import groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One setting, with a guess at what it will take.
+
+    Attributes:
+      data, fsdp, tensor: ways of the mesh.
+      accumulate: microbatches.
+      remat: policy.
+      seconds: guessed step time.
+      bytes: guessed memory of a chip.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+    accumulate: int
+    remat: str
+    seconds: float
+    bytes: float
+
+    def apply(self, config: ConfigDict) -> ConfigDict:
+        found = ConfigDict(config.to_dict())
+        found.mesh.data, found.mesh.fsdp, found.mesh.tensor = self.data, self.fsdp, self.tensor
+        found.train.accumulate, found.train.remat = self.accumulate, self.remat
+        return found
+
+    def flags(self) -> str:
+        """As the command line takes it."""
+        return (
+            f"--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} "
+            f"--config.mesh.tensor={self.tensor} --config.train.accumulate={self.accumulate} "
+            f"--config.train.remat={self.remat}"
+        )
+
+
+def search(
+    config: ConfigDict,
+    topology: Topology,
+    tries: int,
+    progress: Callable[..., Any],
+    tell: Callable[[str], None],
+) -> ConfigDict:
+    """Compiles the most promising settings, the global batch staying as it is, and gives the best.
+
+    Args:
+      config: a run's.
+      topology: the slice.
+      tries: programs to compile at most.
+      progress: wraps what is looped over; see `commands.common.progress_bar`.
+      tell: gets a line for each program.
+
+    Raises:
+      ValueError: nothing fits; it says what came closest.
+    """
+    ranked = candidates(config, topology)
+    if not ranked:
+        raise ValueError(
+            f"no mesh of {topology.name} divides config.data.batch_size={config.data.batch_size} rows and "
+            f"leaves room in {topology.chip.hbm_bytes / GIB:.2f} GiB"
+        )
+    best: tuple[float, Candidate] | None = None
+    for candidate in progress(ranked[:tries]):
+        try:
+            plan = plan_train(candidate.apply(config), topology)
+        except OutOfMemory as error:
+            tell(f"{candidate.flags()}: out of memory, {error}")
+            continue
+        tell(f"{candidate.flags()}: {_line(plan)}")
+        if plan.fits and (best is None or plan.roofline.expected < best[0]):
+            best = plan.roofline.expected, candidate
+    if best is None:
+        raise ValueError(f"none of {min(tries, len(ranked))} settings fits {topology.name}; see above")
+    tell(f"best: {best[1].flags()}\n")
+    return best[1].apply(config)
+
+
+def _line(plan: Plan) -> str:
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    return f"{plan.memory.peak / GIB:.2f} GiB, {verdict}, {1e3 * plan.roofline.expected:.0f} ms a step"
+
+
+def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
+    """Settings that divide and might fit by a guess, the fastest by the same guess first."""
+    found = [
+        _guess(config, topology, *mesh, accumulate, remat)
+        for mesh in _meshes(config, topology)
+        for accumulate in (1, 2, 4, 8)
+        for remat in REMAT_POLICIES
+        if config.data.batch_size % (mesh[0] * mesh[1] * accumulate) == 0
+    ]
+    # The guess of memory is good to about a quarter; what is far above would only cost time.
+    fitting = [candidate for candidate in found if candidate.bytes < 1.25 * topology.chip.hbm_bytes]
+    return sorted(fitting, key=lambda candidate: (candidate.seconds, candidate.accumulate, candidate.bytes))
+
+
+def _meshes(config: ConfigDict, topology: Topology) -> Iterator[tuple[int, int, int]]:
+    text, chips = config.model.text, topology.num_chips
+    for tensor in (1, 2, 4, 8):
+        for data in (1, 2, 4, 8):
+            if chips % (tensor * data) == 0 and text.num_heads % tensor == 0:
+                yield data, chips // (tensor * data), tensor
+
+
+def _guess(
+    config: ConfigDict, topology: Topology, data: int, fsdp: int, tensor: int, accumulate: int, remat: str
+) -> Candidate:
+    model, chip = ModelConfig.from_dict(config.model.to_dict()), topology.chip
+    trainable, frozen = groups.split(abstract_model(model)[1], config.optim.groups)
+    trained, fixed = groups.count(trainable), groups.count(frozen)
+    text, chips = model.text, topology.num_chips
+    positions = config.data.batch_size * config.data.seq_len / (data * fsdp) / accumulate
+    saved = saved_widths(model, remat)
+    state = (12 * trained + 2 * fixed) / (fsdp * tensor) + 2 * trained / (fsdp * tensor)
+    block = 2 * (trained + fixed) / text.num_layers / tensor
+    activations = 2 * positions * text.hidden_size * text.num_layers * saved
+    memory = state + activations + 4 * block + 2 * positions * text.intermediate_size * 6 / tensor
+    flops = (
+        train_flops(config, model) / chips * (4 / 3 if remat == "full" else 1.15 if remat != "none" else 1)
+    )
+    weights = 2 * (trained + fixed) / tensor * (1 - 1 / fsdp)
+    # Weights are gathered twice for each microbatch, gradients reduced once.
+    network = accumulate * (2 * weights + 2 * weights) * (fsdp > 1) + 2 * weights / fsdp * (data > 1)
+    layer = 2 * positions * text.hidden_size * accumulate
+    network += 12 * layer * text.num_layers * (1 - 1 / tensor)
+    seconds = max(flops / chip.flops / 0.9, network / chip.ici_bandwidth * 2)
+    return Candidate(data, fsdp, tensor, accumulate, remat, seconds, memory)
+
+
+def saved_widths(model: ModelConfig, remat: str) -> float:
+    """Activations that a block of the decoder keeps, in widths of the residual stream."""
+    text = model.text
+    inner = text.intermediate_size / text.hidden_size
+    widths = {"full": 1.0, "attention": 2.0, "mlp": 2.0 + 2 * inner, "projections": 5.0 + 2 * inner}
+    return (widths | {"dots": 6.0 + 2 * inner}).get(remat, 10.0 + 4 * inner)

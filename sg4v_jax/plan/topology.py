@@ -1,0 +1,152 @@
+"""TPU generations, slices, and the compiler's description of them.
+
+`libtpu` compiles for a slice it has never seen (`jax.experimental.topologies`). Peaks and bandwidths
+are Google's published ones (cloud.google.com/tpu/docs, pages of each generation), per chip.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+
+from sg4v_jax.kernels.cycles.target import ENVIRONMENT
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation of TPU.
+
+    Attributes:
+      name: as in topologies, `v5e`.
+      hbm_bytes: memory of a chip that the compiler gives to programs; the rest is the system's.
+      flops: bfloat16 FLOP/s of a chip.
+      hbm_bandwidth: bytes/s between a chip and its memory.
+      ici_bandwidth: bytes/s that a chip sends to its neighbours, over all links.
+      dims: of the torus, 2 or 3.
+      cores: TensorCores of a chip; the suffix of an accelerator type counts these on v4 and v5p.
+    """
+
+    name: str
+    hbm_bytes: int
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    dims: int
+    cores: int
+
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes/s of one link, in one direction."""
+        return self.ici_bandwidth / (2 * self.dims)
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", int(30.75 * GIB), 275e12, 1228e9, 300e9, 3, 2),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, 2, 1),
+        Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 600e9, 3, 2),
+        Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 400e9, 2, 1),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: a generation and its grid of chips.
+
+    Attributes:
+      chip: its generation.
+      grid: chips along each dimension of the torus.
+    """
+
+    chip: Chip
+    grid: tuple[int, ...]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def name(self) -> str:
+        """As the compiler calls it: `v5e:8x8`."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
+
+    def wraps(self, axis: int) -> bool:
+        """Whether the ends of an axis are linked: whole cubes of 4x4x4, or 16 chips on v5e and v6e."""
+        if self.chip.dims == 3:
+            return all(size % 4 == 0 for size in self.grid)
+        return self.grid[axis] == 16
+
+    def bandwidth(self, coordinates: Sequence[Sequence[int]]) -> float:
+        """Bytes/s that a chip of a group can send to the others of it.
+
+        Every axis that the group spans adds its links: two where they close a ring, one on a line, whose
+        ends have no second one.
+
+        Args:
+          coordinates: of the group's chips in the torus.
+        """
+        links = 0
+        for axis in range(min(len(self.grid), len(coordinates[0]))):
+            extent = len({chip[axis] for chip in coordinates})
+            if extent > 1:
+                ring = extent == self.grid[axis] and extent > 2 and self.wraps(axis)
+                links += 2 if ring else 1
+        return max(links, 1) * self.chip.link_bandwidth
+
+    def devices(self) -> list[jax.Device]:
+        """The compiler's devices, which can be compiled for and nothing else.
+
+        Raises:
+          RuntimeError: `libtpu` isn't installed.
+          ValueError: there is no such slice.
+        """
+        # libtpu reads these when it is loaded: without them it looks for a TPU, and for the cloud.
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from jax.experimental import topologies
+
+        # One device to a chip, as on real slices: v4 and v5p have two cores that work as one.
+        options = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        try:
+            description = topologies.get_topology_desc(self.name, platform="tpu", **options)
+        except Exception as error:  # Whatever the plug-in raises, which differs between versions.
+            if "libtpu" in str(error) or "Unable to initialize" in str(error):
+                raise RuntimeError(f"no TPU compiler: pip install libtpu ({error})") from error
+            raise ValueError(f"the TPU compiler knows no topology {self.name}: {error}") from error
+        return list(description.devices)
+
+
+def parse(text: str) -> Topology:
+    """A topology from `v5e:8x8`, or from an accelerator type like `v5p-128`.
+
+    Raises:
+      ValueError: naming what is known.
+    """
+    found = re.fullmatch(r"(v\w+?)(?::(\d+(?:x\d+)+)|-(\d+))", text)
+    if not found or found[1].replace("litepod", "e") not in CHIPS:
+        known = ", ".join(CHIPS)
+        raise ValueError(f"topology {text!r} is neither like v5e:8x8 nor like v5p-128, of {known}")
+    chip = CHIPS[found[1].replace("litepod", "e")]
+    if found[2]:
+        grid = tuple(map(int, found[2].split("x")))
+        if len(grid) != chip.dims:
+            raise ValueError(f"topology {text!r}: {chip.name} has {chip.dims} dimensions")
+        return Topology(chip, grid)
+    chips, rest = divmod(int(found[3]), chip.cores)
+    if rest or chips & (chips - 1) or not chips:
+        raise ValueError(f"topology {text!r}: the number of chips is no power of two; give the grid")
+    return Topology(chip, _grid(chips, chip.dims))
+
+
+def _grid(chips: int, dims: int) -> tuple[int, ...]:
+    """The most compact grid, smallest dimension first and ones last: 2x2x1, 4x4 or 2x2x4."""
+    power = chips.bit_length() - 1
+    sizes = [2 ** ((power + dim) // dims) for dim in range(dims)]
+    return tuple(sorted(sizes, key=lambda size: size == 1))
