@@ -50,7 +50,7 @@ JPEGS: list[dict[str, Any]] = [
     {"mode": "CMYK"},
     {"keep_rgb": True},
     {"restart_marker_blocks": 2},
-    {"exif": _ROTATED},
+    {"exif": _ROTATED.tobytes()},
 ]
 
 
