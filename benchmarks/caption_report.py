@@ -18,6 +18,7 @@ from sg4v_jax.caption.report.measure import measure
 from sg4v_jax.caption.report.report import make_report, write_report
 from sg4v_jax.data.json_stream import read_entries
 
+_DIFFERENT = 5000  # captions; nothing in a report gets faster when they come again
 SOURCES = ("coco/train2017", "llava/llava_pretrain/images", "sam/images")
 
 
@@ -29,16 +30,19 @@ def write_captions(path: pathlib.Path, count: int) -> None:
     vocabulary = np.array([word for word, _ in counts.most_common()])
     chances = 1 / np.arange(1, len(vocabulary) + 1)
     chances /= chances.sum()
+    captions = []
+    for _ in range(min(count, _DIFFERENT)):
+        words = rng.choice(vocabulary, max(20, int(rng.normal(160, 40))), p=chances)
+        sentences = (" ".join(words[i : i + 18]).capitalize() for i in range(0, len(words), 18))
+        captions.append(". ".join(sentences) + ".")
     with path.open("w") as file:
         for index in range(count):
-            words = rng.choice(vocabulary, max(20, int(rng.normal(160, 40))), p=chances)
-            sentences = (" ".join(words[i : i + 18]).capitalize() for i in range(0, len(words), 18))
             record = {
                 "id": str(index),
                 "image": f"{SOURCES[index % 3]}/{index:09d}.jpg",
                 "conversations": [
                     {"from": "human", "value": "<image>\nWhat is this?"},
-                    {"from": "gpt", "value": ". ".join(sentences) + "."},
+                    {"from": "gpt", "value": captions[index % _DIFFERENT]},
                 ],
             }
             file.write(("[" if not index else ",\n") + json.dumps(record))
