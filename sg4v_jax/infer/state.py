@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sg4v_jax.infer.beam import Beams, choose
 from sg4v_jax.infer.sampling import RowOptions, SamplingOptions, penalize, sample
-from sg4v_jax.kernels.decoding import CACHE_AXES, SCALE_AXES
+from sg4v_jax.kernels.decoding import CACHE_AXES
 from sg4v_jax.models.cache import KVCache
 from sg4v_jax.models.config import TextConfig
 from sg4v_jax.models.sharegpt4v import ShareGPT4V
@@ -109,7 +109,7 @@ def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
     """NamedShardings of a cache: slots over the batch axes, heads over the tensor axis."""
 
     def of_leaf(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        axes = {5: CACHE_AXES, 4: SCALE_AXES, 1: ("batch",)}[leaf.ndim]
+        axes = CACHE_AXES[: leaf.ndim] if leaf.ndim > 1 else ("batch",)
         return rules.sharding(axes, leaf.shape, mesh)
 
     return jax.tree.map(of_leaf, cache)

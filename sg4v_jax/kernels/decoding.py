@@ -18,8 +18,8 @@ from sg4v_jax.kernels.tpu.blocks import choice
 from sg4v_jax.kernels.tpu.machine import current_machine
 from sg4v_jax.parallel.rules import spec
 
-CACHE_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
-SCALE_AXES = ("layers", "batch", "kv_heads", "length")
+# Of keys and values; without the last one, of their scales.
+CACHE_AXES = ("layers", "batch", "kv_heads", "length", "head_dim")
 # Positions that the plain form reads at a time on a CPU: it stops after the longest slot.
 CPU_BLOCK = 128
 
@@ -28,8 +28,8 @@ def decode_attention(
     query: Float[Array, "batch heads head_dim"],
     key: Float[Array, "batch kv_heads head_dim"],
     value: Float[Array, "batch kv_heads head_dim"],
-    cached_key: Float[Array, "layers batch capacity kv_heads head_dim"] | Int[Array, "..."],
-    cached_value: Float[Array, "layers batch capacity kv_heads head_dim"] | Int[Array, "..."],
+    cached_key: Float[Array, "layers batch parts rows head_dim"] | Int[Array, "..."],
+    cached_value: Float[Array, "layers batch parts rows head_dim"] | Int[Array, "..."],
     layer: Int[Array, ""],
     lengths: Int[Array, " batch"],
     scales: tuple[Float[Array, "layers batch parts rows"], Float[Array, "layers batch parts rows"]]
@@ -41,11 +41,10 @@ def decode_attention(
 
     Args:
       query, key, value: the new position.
-      cached_key, cached_value: all layers' caches, floating or int8.
+      cached_key, cached_value: all layers' caches, floating or int8, as `models.cache.KVCache` keeps them.
       layer: which layer's to read.
       lengths: positions in use per slot.
-      scales: what to multiply cached keys and values by, if they are int8: for each part of the heads,
-        as many as the tensor axis makes, capacity * heads of the part. The kernel reads them so.
+      scales: what to multiply cached keys and values by, if they are int8.
       implementation: `auto`, `reference` (plain JAX), `tpu` or `interpret`; see `kernels.attention`.
 
     Returns:
@@ -59,7 +58,7 @@ def decode_attention(
     wanted = wanted_implementation(implementation)
     if wanted in ("tpu", "interpret"):
         machine = current_machine() if wanted == "tpu" else interpreter()
-        reason = _refusal(query, cached_key)
+        reason = _refusal(query, key, cached_key)
         if reason is None:
             rows = choice(machine.name).decode
 
@@ -70,17 +69,23 @@ def decode_attention(
             return _on_mesh(run, *operands)
         if implementation != "auto":
             raise ValueError(f"decoding with {wanted!r} can't run this: {reason}")
-    capacity = cached_key.shape[2]
+    capacity = _capacity(key, cached_key)
     block = CPU_BLOCK if jax.default_backend() == "cpu" and capacity % CPU_BLOCK == 0 else capacity
     return blockwise(*operands, block)
 
 
-def _refusal(query: Array, cached_key: Array) -> str | None:
+def _capacity(key: Array, cached_key: Array) -> int:
+    """Positions of a slot."""
+    count, rows = cached_key.shape[2:4]
+    return count * rows // key.shape[1]
+
+
+def _refusal(query: Array, key: Array, cached_key: Array) -> str | None:
     """Why the kernel doesn't take this, or None if it does."""
     if query.dtype not in ("bfloat16", "float32"):
         return f"dtype {query.dtype} is neither bfloat16 nor float32"
     mesh = jax.sharding.get_abstract_mesh()
-    capacity, kv_heads = cached_key.shape[2:4]
+    capacity, kv_heads = _capacity(key, cached_key), key.shape[1]
     if not mesh.empty:
         heads = (("heads", query.shape[1]), ("kv_heads", kv_heads))
         split, kv_split = (spec((name,), (size,), mesh)[0] for name, size in heads)
@@ -113,7 +118,7 @@ def _on_mesh(run, query, key, value, cached_key, cached_value, layer, lengths, s
         spec(("batch", name, "head_dim"), x.shape, mesh) for name, x in (("heads", query), ("kv_heads", key))
     ]
     cache = spec(CACHE_AXES, cached_key.shape, mesh)
-    scale = None if scales is None else (spec(SCALE_AXES, scales[0].shape, mesh),) * 2
+    scale = None if scales is None else (spec(CACHE_AXES[:4], scales[0].shape, mesh),) * 2
     rows = spec(("batch",), lengths.shape, mesh)
     in_specs = (new[0], new[1], new[1], cache, cache, spec((), (), mesh), rows, scale)
     return jax.shard_map(run, in_specs=in_specs, out_specs=new[0], check_vma=False)(*operands)
@@ -125,20 +130,18 @@ def blockwise(query, key, value, cached_key, cached_value, layer, lengths, scale
     A block that a slot has nothing in changes nothing of the slot's sums, to the bit.
     """
     batch, heads, head_dim = query.shape
-    capacity, kv_heads = cached_key.shape[2:4]
+    capacity, kv_heads = _capacity(key, cached_key), key.shape[1]
     groups = heads // kv_heads
     scale = head_dim**-0.5
     own = jnp.eye(kv_heads, dtype=query.dtype)
 
     def cut(x, j):  # type: ignore[no-untyped-def]
-        sizes = (1, batch, block, kv_heads, head_dim)
-        return jax.lax.dynamic_slice(x, (layer, 0, j * block, 0, 0), sizes)[0]
-
-    def cut_scale(x, j):  # type: ignore[no-untyped-def]
-        count, width = x.shape[2], kv_heads // x.shape[2]
-        part = jax.lax.dynamic_slice(x, (layer, 0, 0, j * block * width), (1, batch, count, block * width))
-        part = part.reshape(batch, count, block, width).swapaxes(2, 3)
-        return part.reshape(batch, kv_heads, 1, block)
+        """[batch, block, kv_heads, ...]; with one part, as it lies in memory."""
+        count, width, rest = x.shape[2], kv_heads // x.shape[2], x.shape[4:]
+        start = (layer, 0, 0, j * block * width, 0)[: x.ndim]
+        part = jax.lax.dynamic_slice(x, start, (1, batch, count, block * width, *rest))
+        part = part.reshape(batch, count, block, width, *rest).swapaxes(1, 2)
+        return part.reshape(batch, block, kv_heads, *rest)
 
     def visit(j, carry):  # type: ignore[no-untyped-def]
         maximum, total, acc = carry
@@ -150,14 +153,14 @@ def blockwise(query, key, value, cached_key, cached_value, layer, lengths, scale
         scores = scores.reshape(batch, kv_heads, groups, block, kv_heads)
         scores = jnp.einsum("bkgtk->bkgt", scores)
         if scales is not None:
-            scores = scores * cut_scale(scales[0], j)
+            scores = scores * cut(scales[0], j).transpose(0, 2, 1)[:, :, None]
         seen = j * block + jnp.arange(block) < lengths[:, None, None, None]
         scores = jnp.where(seen, scores, -jnp.inf)
         top = jnp.maximum(maximum, scores.max(-1, keepdims=True))
         shrink, weights = jnp.exp(maximum - top), jnp.exp(scores - top)
         total = total * shrink + weights.sum(-1, keepdims=True)
         if scales is not None:
-            weights = weights * cut_scale(scales[1], j)
+            weights = weights * cut(scales[1], j).transpose(0, 2, 1)[:, :, None]
         weights = weights.astype(query.dtype)[..., None] * own[:, None, None, :]
         weights = weights.reshape(batch, heads, block * kv_heads)
         found = jnp.einsum("bhr,brd->bhd", weights, values, preferred_element_type=jnp.float32)

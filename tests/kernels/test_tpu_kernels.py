@@ -158,6 +158,7 @@ def test_decode(heads, capacity, lengths, quantised):
         key, value = (jnp.round(x / s[..., None]).astype(jnp.int8) for x, s in zip(plain, exact, strict=True))
         plain = tuple(x * s[..., None] for x, s in zip((key, value), exact, strict=True))
         scales = tuple(s.reshape(3, 3, 1, -1) for s in exact)
+    key, value = (x.reshape(3, 3, 1, -1, head_dim) for x in (key, value))
     operands = (query, new_key, new_value, key, value, jnp.int32(1), jnp.asarray(lengths))
     found = [decode.attention(*operands, machine(), rows=256, scales=scales)]
     assert not races()

@@ -39,8 +39,8 @@ def attention(
     query: Float[Array, "batch heads head_dim"],
     key: Float[Array, "batch kv_heads head_dim"],
     value: Float[Array, "batch kv_heads head_dim"],
-    cached_key: Float[Array, "layers batch capacity kv_heads head_dim"] | Int[Array, "..."],
-    cached_value: Float[Array, "layers batch capacity kv_heads head_dim"] | Int[Array, "..."],
+    cached_key: Float[Array, "layers batch 1 rows head_dim"] | Int[Array, "..."],
+    cached_value: Float[Array, "layers batch 1 rows head_dim"] | Int[Array, "..."],
     layer: Int[Array, ""],
     lengths: Int[Array, " batch"],
     machine: Machine,
@@ -52,7 +52,7 @@ def attention(
 
     Args:
       query, key, value: the new position, bfloat16 or float32.
-      cached_key, cached_value: the cache, in the dtype of `query` or int8.
+      cached_key, cached_value: the cache, in the dtype of `query` or int8: rows of positions times heads.
       layer: which layer of it.
       lengths: positions in use per slot.
       machine: what the hardware can do.
@@ -63,10 +63,10 @@ def attention(
       The attended values, in the dtype of `query`.
     """
     batch, heads, head_dim = query.shape
-    layers, _, capacity, kv_heads = cached_key.shape[:4]
+    kv_heads = key.shape[1]
+    capacity = cached_key.shape[3] // kv_heads
     positions = block_positions(capacity, kv_heads, rows)
     size = positions * kv_heads
-    flat = (layers, batch, capacity * kv_heads, head_dim)
 
     def block_of(b: Any, j: Any, lengths: Any) -> Any:
         used = jnp.maximum(pl.cdiv(lengths[b], positions), 1)
@@ -74,12 +74,12 @@ def attention(
 
     slot = pl.BlockSpec((None, heads, head_dim), lambda b, j, lengths, layer: (b, 0, 0))
     block = pl.BlockSpec(
-        (None, None, size, head_dim),
-        lambda b, j, lengths, layer: (layer[0], b, block_of(b, j, lengths), 0),
+        (None, None, None, size, head_dim),
+        lambda b, j, lengths, layer: (layer[0], b, 0, block_of(b, j, lengths), 0),
     )
     new = [jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value)]
     in_specs = [slot, slot, slot, block, block]
-    operands = [query, *new, cached_key.reshape(flat), cached_value.reshape(flat)]
+    operands = [query, *new, cached_key, cached_value]
     if scales is not None:
         scale_block = pl.BlockSpec(
             (None, None, 1, size), lambda b, j, lengths, layer: (layer[0], b, 0, block_of(b, j, lengths))

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import shlex
+import types
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ SAMPLING = {
     "top_k": 7,
     "repetition_penalty": 1.4,
     "seed": 9,
+    "min_new_tokens": 3,
+    "no_repeat_ngram": 4,
 }
 GUARDS = {"temperature": 0.9, "repetition_penalty": 1.6, "max_new_tokens": 99}
 SETTINGS = {
@@ -54,6 +57,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def __init__(self, bundle: ModelBundle, *_: Any, **__: Any):
             super().__init__()
             self.bundle = bundle
+            self.memory = types.SimpleNamespace(describe=lambda: "as planned")
 
     def record(engine: Any, corpus: Any, output: Any, settings: Any, **others: Any) -> Any:
         asked.update(settings=settings, engine=engine, **others)
@@ -72,11 +76,11 @@ def test_every_flag_acts(
 ) -> None:
     write_images(tmp_path / "images", 6)
     argv = ["caption", "--model=m", f"--images={tmp_path / 'images'}", f"--output={tmp_path / 'out'}"]
-    main([*argv, *flags(SAMPLING), *flags(SETTINGS), "--retry=1", *flags(GUARDS, "--retry-")])
+    main([*argv, "--stop=END", *flags(SAMPLING), *flags(SETTINGS), "--retry=1", *flags(GUARDS, "--retry-")])
     settings = model["settings"]
     assert {name: getattr(settings, name) for name in SETTINGS} == SETTINGS
     assert dataclasses.asdict(settings.guards) == {"retry": 1, **GUARDS}
-    options = SamplingOptions(**SAMPLING)
+    options = SamplingOptions(**SAMPLING, stop=("END",))
     assert settings.options == options
     assert all(value != getattr(SamplingOptions(), name) for name, value in SAMPLING.items())
     # The engine is asked with them, about each image with a seed of its own.
@@ -90,6 +94,16 @@ def test_every_flag_acts(
     assert (tmp_path / "out/captions.parquet").exists()
 
 
+def test_beams_act(model: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """They exclude sampling and stop strings; with the flags above these are all options there are."""
+    write_images(tmp_path / "images", 1)
+    argv = ["caption", "--model=m", f"--images={tmp_path / 'images'}", f"--output={tmp_path / 'out'}"]
+    beams = {"num_beams": 3, "length_penalty": 0.7}
+    main([*argv, "--max-new-tokens=50", *flags(beams)])
+    assert model["settings"].options == SamplingOptions(max_new_tokens=50, **beams)
+    assert {*SAMPLING, *beams, "stop"} == {field.name for field in dataclasses.fields(SamplingOptions)}
+
+
 def test_another_model_is_refused(
     model: dict[str, Any],
     tmp_path: pathlib.Path,
@@ -99,11 +113,22 @@ def test_another_model_is_refused(
     write_images(tmp_path / "images", 2)
     argv = ["caption", "--model=m", f"--images={tmp_path / 'images'}", f"--output={tmp_path / 'out'}"]
     main(argv)
+    first = model["engine"].bundle
     other = ModelBundle(ModelConfig(), {"a": 1.5}, None, prompt="Trained?")
     monkeypatch.setattr("sg4v_jax.convert.load.load_model", lambda *_: other)
     with pytest.raises(SystemExit):
         main(argv)
-    assert "model.weights was" in capsys.readouterr().err
+    assert "model.sha256 was" in capsys.readouterr().err
+    monkeypatch.setattr("sg4v_jax.convert.load.load_model", lambda *_: first)
+    with pytest.raises(SystemExit):
+        main([*argv, "--weights=int8", "--kv=int8", "--dtype=float32"])
+    message = capsys.readouterr().err
+    for name, was, now in (
+        ("dtype", "bfloat16", "float32"),
+        ("weights", "float", "int8"),
+        ("kv", "float", "int8"),
+    ):
+        assert f"model.computed.{name} was '{was}', now '{now}'" in message
     assert job.describe_model(other) != job.describe_model(dataclasses.replace(other, template="plain"))
 
 
