@@ -48,7 +48,8 @@ def check_gradients(ours: Any, theirs: Any) -> tuple[float, float]:
 
 @functools.cache
 def compiled_step(**options: Any) -> Any:
-    # Hands the gradients out as the new state: a difference of weights would round them.
+    # Hands the gradients out as the new state (the old one only has their shapes): a difference of weights
+    # would round them.
     optimizer = optax.GradientTransformation(lambda params: (), lambda grads, state, params: (grads, grads))
     options = {"compute_dtype": FLOAT32, "loss_chunk": 16, "kinds": 4, **options}
     return jit(make_train_step(abstract_model(CONFIG)[0], optimizer, **options))
@@ -57,7 +58,7 @@ def compiled_step(**options: Any) -> Any:
 def gradients_of(batch: Batch, **options: Any) -> Any:
     """(gradients, metrics) of one step."""
     trainable, frozen = groups.split(PARAMS, GROUPS)
-    _, gradients, metrics = compiled_step(**options)(trainable, (), frozen, batch)
+    _, gradients, metrics = compiled_step(**options)(trainable, trainable, frozen, batch)
     return jax.device_get((gradients, metrics))
 
 
