@@ -127,18 +127,15 @@ def tower(case: Case, generation: str, cut: tuple[int, int, int], back: bool) ->
 
 def generate(case: Case, generation: str, rows: int) -> Report:
     """The decode kernel, all slots full."""
-    cache = bf16(case.batch, case.length, case.heads, case.head_dim)
-    lengths = np.full(case.batch, case.length, np.int32)
+    cache = bf16(1, case.batch, 1, case.length * case.heads, case.head_dim)
+    new = bf16(case.batch, case.heads, case.head_dim)
+    lengths, layer = np.full(case.batch, case.length, np.int32), np.zeros(1, np.int32)
+    scalars = [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (layer, lengths)]
     return measure(
-        lambda q, k, v, n: decode.attention(q, k, v, n, machine(generation), rows=rows),
-        (
-            bf16(case.batch, 1, case.heads, case.head_dim),
-            cache,
-            cache,
-            jax.ShapeDtypeStruct(lengths.shape, jnp.int32),
-        ),
+        lambda *x: decode.attention(*x, machine(generation), rows=rows),
+        (new, new, new, cache, cache, *scalars),
         generation,
-        values={3: lengths},
+        values={5: layer, 6: lengths},
     )
 
 

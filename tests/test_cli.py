@@ -6,8 +6,10 @@ import logging
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -265,38 +267,66 @@ def test_a_converted_model_is_no_run(
     assert "0 differ" in run("convert", "--check", start, workdir, "--weights-only")
 
 
-@pytest.mark.slow
-def test_caption_goes_on_where_it_stopped(
-    made: Made, run: Callable[..., str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = [photo.encoded for photo in load_photos()[:3]]
-    for name, data in zip(("a.jpg", "sub/b.jpg", "c.jpg"), photos, strict=True):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "broken.jpg").write_bytes(photos[0][:400])
-    output = tmp_path / "out"
-    argv = ["caption", "--model", made / "run", "--images", str(tmp_path), "--output", str(output)]
-    argv += ["--batch-size=2", "--max-new-tokens=6"]
-    shown = run(*argv)
-    assert "1 unreadable" in shown
-    lines = [json.loads(line) for line in (output / "captions.jsonl").read_text().splitlines()]
-    assert [line["image"] for line in lines] == ["a.jpg", "c.jpg", "sub/b.jpg"]
-    (error,) = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
-    assert error["image"] == "broken.jpg" and "can't be decoded" in error["error"]
-    records = json.loads((output / "captions.json").read_text())
-    assert [record["image"] for record in records] == [line["image"] for line in lines if line["caption"]]
+def caption_argv(made: Made, images: pathlib.Path, output: pathlib.Path) -> list[str]:
+    argv = ["caption", "--model", made / "run", "--images", str(images), "--output", str(output)]
+    return [*argv, "--shard-size=3", "--max-failed=10%", "--dtype=float32", "--max-new-tokens=24"]
 
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+def outputs(directory: pathlib.Path) -> dict[str, bytes]:
+    """What a finished captioning job holds, by path."""
+    kept = (path for path in directory.rglob("*") if path.is_file() and path.parent.name != "work")
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in kept}
+
+
+@pytest.mark.slow
+def test_caption(
+    made: Made,
+    run: Callable[..., str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two processes, one of them killed at work, write what one undisturbed process does."""
+    images = tmp_path / "images"
+    for name, photo in zip(("a.jpg", "sub/b.jpg", "c.jpg"), load_photos(), strict=False):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(photo.encoded)
+    (images / "broken.jpg").write_bytes(load_photos()[0].encoded[:400])
+    for path in sorted((made.root / "world/images").rglob("*.png"))[:12]:
+        (images / path.name).write_bytes(path.read_bytes())
+    count = len(list(images.rglob("*.*")))
+
+    undisturbed, shared = tmp_path / "undisturbed", tmp_path / "shared"
+    argv = [sys.executable, "-m", "sg4v_jax", *caption_argv(made, images, shared)]
+    pair = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]
+    shown = run(*caption_argv(made, images, undisturbed))
+    assert f"{count - 1} of {count} captioned" in shown and "1 failed (1 corrupt_image)" in shown
+    while not list(shared.glob("shards/*.jsonl")) and pair[0].poll() is None:
+        time.sleep(0.01)
+    pair[0].kill()
+    said = pair[1].communicate()[0]
+    assert pair[1].returncode == 0, said
+    assert pair[0].wait() in (-signal.SIGKILL, 0)
+    assert f"prompt: {PROMPT!r} (the one the captioner was trained with)" in said
+    assert outputs(shared) == outputs(undisturbed)
+
+    shards = sorted(undisturbed.glob("shards/*.jsonl"))
+    lines = [json.loads(line) for path in shards for line in path.read_text().split("\n")[:-1]]
+    assert len(lines) == count and [line["image"] for line in lines] == sorted(
+        line["image"] for line in lines
+    )
+    (error,) = [line for line in lines if "error" in line]
+    assert error["image"] == "broken.jpg" and "can't be decoded" in error["error"]
+    records = json.loads((undisturbed / "captions.json").read_text())
+    assert [record["image"] for record in records] == [line["image"] for line in lines if line.get("caption")]
+    assert {record["conversations"][0]["value"] for record in records} <= {f"<image>\n{PROMPT}"}
+
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "_run", lambda *_: pytest.fail("there was nothing left to do"))
-        run(*argv)
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-
-    # A kill in the middle of a line: that image is done again, and gets the same caption.
-    text = (output / "captions.jsonl").read_text()
-    (output / "captions.jsonl").write_text(text[:-20])
-    run(*argv)
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+        run(*caption_argv(made, images, undisturbed))
+    assert outputs(shared) == outputs(undisturbed)
+    message = fails(capsys, *caption_argv(made, images, undisturbed), "--prompt=Why?", "--top-k=5")
+    assert f"prompt was {PROMPT!r}, now 'Why?'" in message and "options.top_k was 0, now 5" in message
 
 
 @pytest.mark.slow

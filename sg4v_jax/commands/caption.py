@@ -9,8 +9,6 @@ from typing import Any
 from sg4v_jax.commands.common import add_command, add_sampling, load_engine
 from sg4v_jax.commands.processes import add_processes, join
 
-FORMATS = ("auto", "folder", "list", "dataset", "tar", "parquet")
-
 
 def add(commands: Any) -> None:
     """Adds `caption` to the commands."""
@@ -30,7 +28,7 @@ def add(commands: Any) -> None:
         "`sg4v data build`, or a JSON list of paths or of LLaVA-format records",
     )
     parser.add_argument("--image-root", help="what the paths of a list are relative to")
-    parser.add_argument("--input-format", choices=FORMATS, default="auto")
+    parser.add_argument("--input-format", default="auto", help="folder, list, dataset, tar or parquet")
     parser.add_argument("--output", required=True, help="folder for shards, captions.json and errors.jsonl")
     parser.add_argument("--prompt", default="", help="default: the one the captioner was trained with")
     parser.add_argument("--shard-size", type=int, default=512, help="images in a file, and in a claim")
@@ -81,13 +79,15 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         print(f"{len(corpus):,} images of {corpus.source}\nprompt: {prompt!r} ({origin})", file=sys.stderr)
     # Ends in order, so that other machines need not wait until the leases run out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # How the engine computes, as far as captions may depend on it.
+    computed = {name: value for name, value in vars(arguments).items() if name in ("dtype", "weights", "kv")}
     summary = caption_corpus(
         engine,
         corpus,
         arguments.output,
         settings,
         prompt=prompt,
-        model=describe_model(engine.bundle, dtype=arguments.dtype),
+        model=describe_model(engine.bundle, **computed),
         show=_shown(60.0) if is_main else lambda _: None,
     )
     shares.wait("captioned")  # Who ends early would take the others for dead.

@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
         "Talks about an image; without a question, asks for them line by line.",
         '  sg4v chat --model runs/sft --image cat.jpg "What is the cat doing?"',
     )
-    add_sampling(parser, 512)
+    add_sampling(parser, 512, slots=1)
     parser.add_argument("question", nargs="?", help="one question; none: a conversation")
     parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
 

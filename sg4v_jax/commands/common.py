@@ -34,7 +34,9 @@ def progress_bar(unit: str) -> Callable[..., Any]:
     return functools.partial(tqdm.tqdm, unit=f" {unit}", disable=not sys.stderr.isatty())
 
 
-def add_sampling(parser: Any, max_new_tokens: int | None, *, needs_model: bool = True) -> None:
+def add_sampling(
+    parser: Any, max_new_tokens: int | None, slots: int = 16, *, needs_model: bool = True
+) -> None:
     """Flags of everything that generates."""
     parser.add_argument("--model", required=needs_model, help="training run, HF LLaVA or share4v directory")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
@@ -43,15 +45,31 @@ def add_sampling(parser: Any, max_new_tokens: int | None, *, needs_model: bool =
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--min-new-tokens", type=int, default=0)
+    parser.add_argument("--no-repeat-ngram", type=int, default=0, help="0 is off")
+    parser.add_argument("--num-beams", type=int, default=1, help="width of a beam search; 1 is none")
+    parser.add_argument(
+        "--length-penalty", type=float, default=1.0, help="of beams: favours long ones above 0"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text that ends an answer; may be repeated"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="what to compute in")
+    parser.add_argument("--weights", choices=("float", "int8"), default="float")
+    parser.add_argument("--kv", choices=("float", "int8"), default="float", help="keys and values")
+    parser.add_argument("--slots", type=int, default=slots, help="answers, or beams, generated together")
+    parser.add_argument("--capacity", type=int, default=2048, help="most tokens of prompt and answer")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the model")
 
 
 def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(engine, sampling options) that the flags of `add_sampling` ask for; each process has its own."""
+    import jax
+
     from sg4v_jax.convert.load import load_model
     from sg4v_jax.infer.engine import Engine
     from sg4v_jax.infer.sampling import SamplingOptions
-    from sg4v_jax.parallel.shares import local_mesh
+    from sg4v_jax.parallel.mesh import make_mesh
 
     options = SamplingOptions(
         max_new_tokens=arguments.max_new_tokens,
@@ -60,5 +78,24 @@ def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
         top_k=arguments.top_k,
         repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
+        min_new_tokens=arguments.min_new_tokens,
+        no_repeat_ngram=arguments.no_repeat_ngram,
+        num_beams=arguments.num_beams,
+        length_penalty=arguments.length_penalty,
+        stop=tuple(arguments.stop),
     )
-    return Engine(load_model(arguments.model), local_mesh(), arguments.dtype), options
+    # Each process has its own work, and its own devices.
+    mesh = make_mesh(data=-1, fsdp=1, tensor=arguments.tensor, devices=jax.local_devices())
+    engine = Engine(
+        load_model(arguments.model),
+        mesh,
+        arguments.dtype,
+        weights=arguments.weights,
+        kv=arguments.kv,
+        slots=arguments.slots,
+        num_beams=arguments.num_beams,
+        capacity=arguments.capacity,
+    )
+    if jax.process_index() == 0:
+        print(engine.memory.describe(), file=sys.stderr)
+    return engine, options

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 
 from sg4v_jax.convert.bundle import ModelBundle
 from sg4v_jax.infer import state as programs
@@ -73,27 +74,31 @@ class Device:
         empty = functools.partial(
             State.empty, bundle.config.text, groups * num_beams, capacity, num_beams, dtype, kv_dtype
         )
+        waiting = functools.partial(KVCache.empty, bundle.config.text, rows, capacity, dtype)
         with jax.set_mesh(mesh):
-            slots = jax.eval_shape(empty)
-            places = programs.shardings(slots, mesh)
-            params_places = param_shardings(shapes, axes, mesh)
-            waiting = jax.eval_shape(
-                functools.partial(KVCache.empty, bundle.config.text, rows, capacity, dtype)
-            )
+            state, prefix = jax.eval_shape(empty), jax.eval_shape(waiting)
+            places, params_places = programs.shardings(state, mesh), param_shardings(shapes, axes, mesh)
             self.memory = MemoryPlan(
                 parameters=bytes_per_device(params, params_places),
-                slots=bytes_per_device(slots, places) * (2 if num_beams > 1 else 1),
-                prefill=bytes_per_device(waiting, programs.cache_shardings(waiting, mesh)),
+                slots=bytes_per_device(state, places) * (2 if num_beams > 1 else 1),
+                prefill=bytes_per_device(prefix, programs.cache_shardings(prefix, mesh)),
                 limit=device_limit(mesh) if memory_limit is None else memory_limit,
             )
             self.memory.check(groups * num_beams, capacity)
-            self._params = place(params, params_places)
+            # Decoding says how parameters are to lie in memory: it would bring half of them into another
+            # order whenever it is called, as much to read and write as a step takes.
+            layouts = jax.tree.map(lambda place: Format(Layout.AUTO, place), params_places)
+            program = jax.jit(
+                decode, donate_argnums=1, in_shardings=(layouts, places), out_shardings=(places, None, None)
+            )
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+            self._decode = program.lower(abstract, state).compile()
+            layouts = self._decode.input_formats[0][0]
+            self._params = jax.tree.map(jax.device_put, place(params, params_places), layouts)
             self._state = jax.jit(empty, out_shardings=places)()
-        self._prefill = jax.jit(prefill)
+        self._prefill, self._score = jax.jit(prefill), jax.jit(score)
         self._best_beam = jax.jit(programs.best_beam)
-        self._score = jax.jit(score)
         self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=places)
-        self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(places, None, None))
 
     def prefill(self, batch: Sequence[Prepared]) -> Prefix:
         """Starts prefilling at most `rows` prompts of one bucket. The program has all rows in any case."""

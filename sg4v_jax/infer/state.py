@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sg4v_jax.infer.beam import Beams, choose
 from sg4v_jax.infer.sampling import RowOptions, SamplingOptions, penalize, sample
-from sg4v_jax.models.cache import CACHE_AXES, KVCache
+from sg4v_jax.kernels.decoding import CACHE_AXES
+from sg4v_jax.models.cache import KVCache
 from sg4v_jax.models.config import TextConfig
 from sg4v_jax.models.sharegpt4v import ShareGPT4V
 from sg4v_jax.parallel import rules

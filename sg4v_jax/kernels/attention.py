@@ -1,4 +1,4 @@
-"""The one entry to attention, whatever the hardware.
+"""The one entry to attention, whatever the hardware. Generation has one of its own: `decoding`.
 
 Layouts are those of `jax.nn.dot_product_attention`: `[batch, length, heads, head_dim]`.
 """
@@ -30,7 +30,6 @@ def attention(
     *,
     causal: bool,
     segment_ids: Int[Array, "batch q_length"] | None = None,
-    kv_lengths: Int[Array, " batch"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch q_length heads head_dim"]:
     """Softmax attention with scale 1/sqrt(head_dim) and float32 softmax.
@@ -42,8 +41,6 @@ def attention(
       causal: position i sees keys 0..i. Needs `q_length == kv_length`.
       segment_ids: positions see only their own segment. Needs `q_length == kv_length`. Padding is
         a segment of its own (0), so no row is ever fully masked.
-      kv_lengths: how many leading keys of each row are valid; for decoding from a cache. A row with
-        none gets zeros.
       implementation: `auto`, or the name of one that must run (an error if it can't): `reference`
         (plain JAX, anywhere), `tpu` (Pallas kernels), `cudnn` (NVIDIA GPUs) or `interpret` (the TPU
         kernels in Pallas' interpreter, anywhere; slow, for tests).
@@ -62,30 +59,22 @@ def attention(
             f"causal and segmented attention need equal lengths, got {query.shape[1]} queries "
             f"and {key.shape[1]} keys"
         )
-    call = Call(query, key, value, causal, segment_ids, kv_lengths)
+    call = Call(query, key, value, causal, segment_ids)
     run = _choose(call, implementation)
     if run is None:
-        return reference.attention(
-            query, key, value, causal=causal, segment_ids=segment_ids, kv_lengths=kv_lengths
-        )
+        return reference.attention(query, key, value, causal=causal, segment_ids=segment_ids)
     return _on_mesh(run, call)
 
 
 def _choose(call: Call, implementation: str) -> Callable[[Call], Array] | None:
     """The kernel to run, or None for the reference."""
-    kind = device_kind()
-    here = "tpu" if "TPU" in kind else "cudnn" if "NVIDIA" in kind else "reference"
-    wanted = here if implementation == "auto" else implementation
-    if wanted not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {wanted!r} is not one of {sorted(IMPLEMENTATIONS)}")
+    wanted = wanted_implementation(implementation)
     if wanted == "reference":
         return None
-    if wanted != here and wanted != "interpret":
-        raise ValueError(f"attention implementation {wanted!r} can't run on {kind!r}")
     if wanted == "cudnn":
         reason, run = gpu.refusal(call), gpu.attention
     else:
-        machine = current_machine() if wanted == "tpu" else _interpreter()
+        machine = current_machine() if wanted == "tpu" else interpreter()
         reason = tpu.refusal(call, machine)
 
         def run(call: Call) -> Array:
@@ -98,7 +87,20 @@ def _choose(call: Call, implementation: str) -> Callable[[Call], Array] | None:
     raise ValueError(f"attention implementation {wanted!r} can't run this: {reason}")
 
 
-def _interpreter() -> Machine:
+def wanted_implementation(implementation: str) -> str:
+    """The implementation that is asked for; an error if it can't run on the devices of the program."""
+    kind = device_kind()
+    here = "tpu" if "TPU" in kind else "cudnn" if "NVIDIA" in kind else "reference"
+    wanted = here if implementation == "auto" else implementation
+    if wanted not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {wanted!r} is not one of {sorted(IMPLEMENTATIONS)}")
+    if wanted not in (here, "interpret", "reference"):
+        raise ValueError(f"attention implementation {wanted!r} can't run on {kind!r}")
+    return wanted
+
+
+def interpreter() -> Machine:
+    """A machine that interprets the TPU's kernels."""
     from jax.experimental.pallas import tpu as pltpu
 
     return Machine("interpret", mxu=128, bf16_exp=False, vmem=100 << 20, interpret=pltpu.InterpretParams())
@@ -116,7 +118,7 @@ def _on_mesh(run: Callable[[Call], Array], call: Call) -> Array:
     call = _repeat_keys(call, _ways(query_spec[2], mesh))
     key_spec = spec(_KEY, call.key.shape, mesh)
     rows = PartitionSpec(query_spec[0])
-    specs = {"query": query_spec, "key": key_spec, "value": key_spec, "segment_ids": rows, "kv_lengths": rows}
+    specs = {"query": query_spec, "key": key_spec, "value": key_spec, "segment_ids": rows}
     arrays = {name: getattr(call, name) for name in specs if getattr(call, name) is not None}
 
     def local(arrays: dict[str, Array]) -> Array:

@@ -14,4 +14,3 @@ class Call:
     value: Array
     causal: bool
     segment_ids: Array | None
-    kv_lengths: Array | None

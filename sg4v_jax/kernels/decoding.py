@@ -5,10 +5,21 @@ for a kernel, and copying costs as much as reading. The new position is not in t
 new positions are written together, after the last layer (`models.cache`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
+from sg4v_jax.kernels.attention import interpreter, wanted_implementation
+from sg4v_jax.kernels.tpu import decode
+from sg4v_jax.kernels.tpu.blocks import choice
+from sg4v_jax.kernels.tpu.machine import current_machine
+from sg4v_jax.parallel.rules import spec
+
+# Of keys and values; without the last one, of their scales.
+CACHE_AXES = ("layers", "batch", "kv_heads", "length", "head_dim")
 # Positions that the plain form reads at a time on a CPU: it stops after the longest slot.
 CPU_BLOCK = 128
 
@@ -17,31 +28,100 @@ def decode_attention(
     query: Float[Array, "batch heads head_dim"],
     key: Float[Array, "batch kv_heads head_dim"],
     value: Float[Array, "batch kv_heads head_dim"],
-    cached_key: Float[Array, "layers batch capacity kv_heads head_dim"] | Int[Array, "..."],
-    cached_value: Float[Array, "layers batch capacity kv_heads head_dim"] | Int[Array, "..."],
+    cached_key: Float[Array, "layers batch parts rows head_dim"] | Int[Array, "..."],
+    cached_value: Float[Array, "layers batch parts rows head_dim"] | Int[Array, "..."],
     layer: Int[Array, ""],
     lengths: Int[Array, " batch"],
-    scales: tuple[
-        Float[Array, "layers batch capacity kv_heads"], Float[Array, "layers batch capacity kv_heads"]
-    ]
+    scales: tuple[Float[Array, "layers batch parts rows"], Float[Array, "layers batch parts rows"]]
     | None = None,
+    *,
+    implementation: str = "auto",
 ) -> Float[Array, "batch heads head_dim"]:
     """Attention of each slot's new position to its first `lengths` cached positions and to itself.
 
     Args:
       query, key, value: the new position.
-      cached_key, cached_value: all layers' caches, floating or int8.
+      cached_key, cached_value: all layers' caches, floating or int8, as `models.cache.KVCache` keeps them.
       layer: which layer's to read.
       lengths: positions in use per slot.
       scales: what to multiply cached keys and values by, if they are int8.
+      implementation: `auto`, `reference` (plain JAX), `tpu` or `interpret`; see `kernels.attention`.
 
     Returns:
       The attended values, in the dtype of `query`. A slot's are bitwise the same whatever the other
       slots hold.
+
+    Raises:
+      ValueError: if `implementation` can't run here or on these arguments.
     """
-    capacity = cached_key.shape[2]
+    operands = (query, key, value, cached_key, cached_value, layer, lengths, scales)
+    wanted = wanted_implementation(implementation)
+    if wanted in ("tpu", "interpret"):
+        machine = current_machine() if wanted == "tpu" else interpreter()
+        reason = _refusal(query, key, cached_key)
+        if reason is None:
+            rows = choice(machine.name).decode
+
+            def run(*local: Any) -> Array:
+                *arrays, scales = local
+                return decode.attention(*arrays, machine=machine, rows=rows, scales=scales)  # type: ignore[misc]
+
+            return _on_mesh(run, *operands)
+        if implementation != "auto":
+            raise ValueError(f"decoding with {wanted!r} can't run this: {reason}")
+    capacity = _capacity(key, cached_key)
     block = CPU_BLOCK if jax.default_backend() == "cpu" and capacity % CPU_BLOCK == 0 else capacity
-    return blockwise(query, key, value, cached_key, cached_value, layer, lengths, scales, block)
+    return blockwise(*operands, block)
+
+
+def _capacity(key: Array, cached_key: Array) -> int:
+    """Positions of a slot."""
+    count, rows = cached_key.shape[2:4]
+    return count * rows // key.shape[1]
+
+
+def _refusal(query: Array, key: Array, cached_key: Array) -> str | None:
+    """Why the kernel doesn't take this, or None if it does."""
+    if query.dtype not in ("bfloat16", "float32"):
+        return f"dtype {query.dtype} is neither bfloat16 nor float32"
+    mesh = jax.sharding.get_abstract_mesh()
+    capacity, kv_heads = _capacity(key, cached_key), key.shape[1]
+    if not mesh.empty:
+        heads = (("heads", query.shape[1]), ("kv_heads", kv_heads))
+        split, kv_split = (spec((name,), (size,), mesh)[0] for name, size in heads)
+        if split != kv_split:
+            return f"{kv_heads} key heads can't be split as the {query.shape[1]} query heads are"
+        kv_heads //= parts(kv_heads)
+    try:
+        decode.block_positions(capacity, kv_heads, 1)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def parts(kv_heads: int) -> int:
+    """Into how many parts the mesh in scope splits the key heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return 1
+    axis = spec(("kv_heads",), (kv_heads,), mesh)[0]
+    return 1 if axis is None else int(mesh.shape[axis])
+
+
+def _on_mesh(run, query, key, value, cached_key, cached_value, layer, lengths, scales):  # type: ignore[no-untyped-def]
+    """Runs a kernel on each device's slots and heads, by the table of sharding rules."""
+    operands = (query, key, value, cached_key, cached_value, layer, lengths, scales)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return run(*operands)
+    new = [
+        spec(("batch", name, "head_dim"), x.shape, mesh) for name, x in (("heads", query), ("kv_heads", key))
+    ]
+    cache = spec(CACHE_AXES, cached_key.shape, mesh)
+    scale = None if scales is None else (spec(CACHE_AXES[:4], scales[0].shape, mesh),) * 2
+    rows = spec(("batch",), lengths.shape, mesh)
+    in_specs = (new[0], new[1], new[1], cache, cache, spec((), (), mesh), rows, scale)
+    return jax.shard_map(run, in_specs=in_specs, out_specs=new[0], check_vma=False)(*operands)
 
 
 def blockwise(query, key, value, cached_key, cached_value, layer, lengths, scales, block):  # type: ignore[no-untyped-def]
@@ -50,14 +130,18 @@ def blockwise(query, key, value, cached_key, cached_value, layer, lengths, scale
     A block that a slot has nothing in changes nothing of the slot's sums, to the bit.
     """
     batch, heads, head_dim = query.shape
-    capacity, kv_heads = cached_key.shape[2:4]
+    capacity, kv_heads = _capacity(key, cached_key), key.shape[1]
     groups = heads // kv_heads
     scale = head_dim**-0.5
     own = jnp.eye(kv_heads, dtype=query.dtype)
 
     def cut(x, j):  # type: ignore[no-untyped-def]
-        sizes = (1, batch, block, *x.shape[3:])
-        return jax.lax.dynamic_slice(x, (layer, 0, j * block) + (0,) * (x.ndim - 3), sizes)[0]
+        """[batch, block, kv_heads, ...]; with one part, as it lies in memory."""
+        count, width, rest = x.shape[2], kv_heads // x.shape[2], x.shape[4:]
+        start = (layer, 0, 0, j * block * width, 0)[: x.ndim]
+        part = jax.lax.dynamic_slice(x, start, (1, batch, count, block * width, *rest))
+        part = part.reshape(batch, count, block, width, *rest).swapaxes(1, 2)
+        return part.reshape(batch, block, kv_heads, *rest)
 
     def visit(j, carry):  # type: ignore[no-untyped-def]
         maximum, total, acc = carry

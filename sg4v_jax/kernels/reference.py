@@ -12,7 +12,6 @@ def attention(
     *,
     causal: bool,
     segment_ids: Int[Array, "batch q_length"] | None,
-    kv_lengths: Int[Array, " batch"] | None,
 ) -> Float[Array, "batch q_length heads head_dim"]:
     """See `kernels.attention.attention`. Materialises the scores."""
     batch, q_length, heads, head_dim = query.shape
@@ -20,12 +19,10 @@ def attention(
     query = query.reshape(batch, q_length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bqkgd,btkd->bkgqt", query, key, preferred_element_type=jnp.float32)
     scores = scores * head_dim**-0.5
-    mask = _mask(q_length, key.shape[1], causal, segment_ids, kv_lengths)
+    mask = _mask(q_length, key.shape[1], causal, segment_ids)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
-    if kv_lengths is not None:  # A row that sees nothing gets zeros.
-        weights = jnp.where((kv_lengths > 0)[:, None, None, None, None], weights, 0)
     weights = weights.astype(value.dtype)
     attended = jnp.einsum("bkgqt,btkd->bqkgd", weights, value)
     return attended.reshape(batch, q_length, heads, head_dim)
@@ -36,7 +33,6 @@ def _mask(
     kv_length: int,
     causal: bool,
     segment_ids: Int[Array, "batch q_length"] | None,
-    kv_lengths: Int[Array, " batch"] | None,
 ) -> Bool[Array, "#batch #q_length kv_length"] | None:
     mask = None
     if causal:
@@ -44,7 +40,4 @@ def _mask(
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         mask = same if mask is None else mask & same
-    if kv_lengths is not None:
-        valid = (jnp.arange(kv_length) < kv_lengths[:, None])[:, None, :]
-        mask = valid if mask is None else mask & valid
     return mask

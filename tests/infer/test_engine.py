@@ -343,6 +343,26 @@ def test_generation_stops(pair: Pair, template: str, stop: str) -> None:
     assert "".join(stopping.stream(prompt, SamplingOptions(max_new_tokens=30))) == completion.text
 
 
+def test_stop_strings_end_an_answer(pair: Pair) -> None:
+    """Before the string, wherever its tokens begin; what is streamed never shows a part of it."""
+    prompt = PROMPTS["one image"]
+    free = answers(pair.engine, [prompt], SamplingOptions(max_new_tokens=30))[0]
+    for start, end in ((3, 4), (6, 9), (11, 17)):
+        stop = free.text[start:end]
+        options = SamplingOptions(max_new_tokens=30, stop=("never", stop))
+        (found,) = answers(pair.engine, [prompt], options)
+        assert found.stop == "stop_string" and found.finished
+        assert found.text == free.text[: free.text.index(stop)].strip()
+        assert found.tokens == free.tokens[: len(found.tokens)]
+        pieces = list(pair.engine.stream(prompt, options))
+        assert "".join(pieces) == found.text
+        # Slots of answers that ended here are given away like any others.
+        mixed = answers(
+            pair.engine, [prompt] * 5, [options, SamplingOptions(max_new_tokens=30)] * 2 + [options]
+        )
+        assert mixed == [found, free, found, free, found]
+
+
 def test_bad_requests_cost_themselves(pair: Pair) -> None:
     """Their results say what was wrong; the others are answered as if they were alone."""
     long = Prompt((human("red " * MAX_POSITIONS),))

@@ -7,10 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 
 from sg4v_jax.kernels.attention import attention
 from sg4v_jax.kernels.cycles import target
+from sg4v_jax.kernels.decoding import CACHE_AXES
+from sg4v_jax.models.cache import KVCache
+from sg4v_jax.models.config import TextConfig
+from sg4v_jax.models.llama import Llama
 from sg4v_jax.parallel.rules import MESH_AXES, sharding
 
 target.prepare()
@@ -63,12 +69,6 @@ def test_compiles(generation):
     assert "flash_forward" in text and "flash_backward" in text
     text = compiled(generation, one, gradient(causal=False), *[heads(2, 577, 4, 64)] * 3)
     assert "vit_forward" in text and "vit_backward" in text
-    cache, lengths = heads(4, 2048, 8, 128), ((4,), ("batch",), jnp.int32)
-    text = compiled(
-        generation, one, lambda *x: attention(*x[:3], causal=False, kv_lengths=x[3]), heads(4, 1, 32, 128),
-        cache, cache, lengths,
-    )  # fmt: skip
-    assert "decode" in text
 
 
 def test_long_rows_fit_into_memory():
@@ -85,3 +85,44 @@ def test_on_a_mesh_nothing_is_gathered():
     few = heads(4, 256, 2, 128)
     text = compiled("v5e", (1, 1, 4), lambda *x: attention(*x, causal=True), rows, few, few)
     assert "flash_forward" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_decoding_copies_nothing_of_the_cache(dtype):
+    """A decoder's step with few key heads per device: the kernel reads the cache where it lies."""
+    config = TextConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=1024, num_layers=2, num_heads=8, num_kv_heads=4
+    )
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.Mesh(devices("v5e", 2).reshape(1, 1, 2), MESH_AXES, axis_types=axis_types)
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(params=0)))
+    graphdef, params = nnx.split(model)
+
+    def place(leaf, axes=()):
+        leaf_dtype = jnp.bfloat16 if leaf.ndim > 1 and leaf.dtype == jnp.float32 and not axes else leaf.dtype
+        spec_ = sharding(axes or (None,) * leaf.ndim, leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf_dtype, sharding=spec_)
+
+    with jax.set_mesh(mesh):
+        cache = jax.eval_shape(lambda: KVCache.empty(config, 8, 2048, dtype))
+        axes = {5: CACHE_AXES, 4: CACHE_AXES[:4], 1: ("batch",)}
+        cache = jax.tree.map(lambda leaf: place(leaf, axes[leaf.ndim]), cache)
+        params = jax.tree.map(place, nnx.to_pure_dict(params))
+        x = place(jax.ShapeDtypeStruct((8, 1, 1024), jnp.float32))
+        active = jax.ShapeDtypeStruct((8,), jnp.int32)
+        layouts = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), params)
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        places = jax.tree.map(lambda leaf: leaf.sharding, cache)
+        step = jax.jit(
+            lambda params, x, cache, active: nnx.merge(graphdef, params).decode(x, cache, active),
+            donate_argnums=2,
+            # Weights lie as the program wants them, which is the engine's way too.
+            in_shardings=(layouts, None, places, None),
+            out_shardings=(None, places),
+        )
+        program = step.lower(params, x, cache, active).compile()
+    assert "tpu_custom_call" in program.as_text()
+    one_layer = cache.key.size // 2 // 2 * cache.key.dtype.itemsize
+    assert program.memory_analysis().temp_size_in_bytes < one_layer / 2
+    assert program.memory_analysis().alias_size_in_bytes >= 4 * one_layer

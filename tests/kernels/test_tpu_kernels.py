@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from sg4v_jax.kernels import reference
+from sg4v_jax.kernels.decoding import blockwise
 from sg4v_jax.kernels.tpu import decode, flash, flash_plan, vit
 from sg4v_jax.kernels.tpu.machine import Machine
 
@@ -94,7 +95,7 @@ def test_flash(rows, heads, head_dim, mxu):
     ids = None if segments is None else jnp.asarray(segments)
 
     def plain(*x):
-        return reference.attention(*x, causal=True, segment_ids=ids, kv_lengths=None)
+        return reference.attention(*x, causal=True, segment_ids=ids)
 
     kernel = jax.jit(lambda *x: flash.attention(*x, ids, flash_settings(mxu=mxu)))
     check(kernel, plain, operands, causal_mask(segments, 1, length))
@@ -117,7 +118,7 @@ def test_flash_in_chunks_of_keys_and_two_programs_per_key_head():
     ids = jnp.asarray(segments)
 
     def plain(*x):
-        return reference.attention(*x, causal=True, segment_ids=ids, kv_lengths=None)
+        return reference.attention(*x, causal=True, segment_ids=ids)
 
     check(lambda *x: flash.attention(*x, ids, small), plain, operands, causal_mask(segments, 1, 768))
 
@@ -128,7 +129,7 @@ def test_vision(heads, length):
     operands = arrays(2, *[(1, length, *heads)] * 3)
 
     def plain(*x):
-        return reference.attention(*x, causal=False, segment_ids=None, kv_lengths=None)
+        return reference.attention(*x, causal=False, segment_ids=None)
 
     kernel = jax.jit(lambda *x: vit.attention(*x, vit.Settings(4, 2, 64, machine())))
     check(kernel, plain, operands, np.ones((1, length, length), bool))
@@ -142,22 +143,33 @@ def test_vision(heads, length):
     st.booleans(),
 )
 def test_decode(heads, capacity, lengths, quantised):
+    """The kernel, and the plain form in blocks and in one, on one layer of a cache of three."""
     query_heads, kv_heads, head_dim = heads
-    query, key, value = arrays(3, (3, 1, query_heads, head_dim), *[(3, capacity, kv_heads, head_dim)] * 2)
+    cache = (3, 3, capacity, kv_heads, head_dim)
+    query, new_key, new_value, key, value = arrays(
+        3, (3, query_heads, head_dim), *[(3, kv_heads, head_dim)] * 2, *[cache] * 2
+    )
     lengths = np.array(lengths, np.int32)
     lengths[0] = capacity
     scales = None
-    plain_key, plain_value = key, value
+    plain = (key, value)
     if quantised:
-        scales = tuple(jnp.abs(x).max(-1) / 127 for x in (key, value))
-        key, value = (
-            jnp.round(x / s[..., None]).astype(jnp.int8) for x, s in zip((key, value), scales, strict=True)
-        )
-        plain_key, plain_value = (x * s[..., None] for x, s in zip((key, value), scales, strict=True))
-    found = decode.attention(query, key, value, jnp.asarray(lengths), machine(), rows=256, scales=scales)
-    visible = (np.arange(capacity) < lengths[:, None])[:, None]
-    np.testing.assert_allclose(found, define(query, plain_key, plain_value, visible), atol=1e-5)
+        exact = [jnp.abs(x).max(-1) / 127 for x in plain]
+        key, value = (jnp.round(x / s[..., None]).astype(jnp.int8) for x, s in zip(plain, exact, strict=True))
+        plain = tuple(x * s[..., None] for x, s in zip((key, value), exact, strict=True))
+        scales = tuple(s.reshape(3, 3, 1, -1) for s in exact)
+    key, value = (x.reshape(3, 3, 1, -1, head_dim) for x in (key, value))
+    operands = (query, new_key, new_value, key, value, jnp.int32(1), jnp.asarray(lengths))
+    found = [decode.attention(*operands, machine(), rows=256, scales=scales)]
     assert not races()
+    found += [blockwise(*operands, scales, block) for block in (128, capacity)]
+    both = [
+        jnp.concatenate([x[1], new[:, None]], 1) for x, new in zip(plain, (new_key, new_value), strict=True)
+    ]
+    visible = np.append(np.arange(capacity) < lengths[:, None], np.ones((3, 1), bool), axis=1)[:, None]
+    expected = define(query[:, None], *both, visible)[:, 0]
+    for result in found:
+        np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["interpret", "reference"])
@@ -180,7 +192,7 @@ def test_bfloat16_is_as_good_as_the_reference():
     """Also with the exponential in bfloat16: errors within a factor of two of the reference's."""
     operands = arrays(5, *[(1, 256, 2, 64)] * 3, dtype=jnp.bfloat16)
     exact = define(*operands, causal_mask(None, 1, 256))
-    plain = reference.attention(*operands, causal=True, segment_ids=None, kv_lengths=None)
+    plain = reference.attention(*operands, causal=True, segment_ids=None)
     found = flash.attention(*operands, None, flash_settings(mxu=256, bf16_exp=True))
     assert found.dtype == jnp.bfloat16
     error, allowed = (np.abs(np.asarray(x, np.float64) - exact).mean() for x in (found, plain))

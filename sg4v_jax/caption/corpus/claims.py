@@ -243,10 +243,14 @@ def new_file(output: pathlib.Path) -> Iterator[IO[str]]:
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=output / WORK, suffix=".tmp", delete=False
     ) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def put_new(temporary: str | os.PathLike[str], path: pathlib.Path) -> bool:

@@ -46,7 +46,8 @@ class Guards:
             raise ValueError(
                 f"retry={self.retry} and its max_new_tokens={self.max_new_tokens} can't be negative"
             )
-        self.options(SamplingOptions(), "repetition", 1, 0)  # Says what is out of range.
+        # Says what is out of range.
+        SamplingOptions(temperature=self.temperature, repetition_penalty=self.repetition_penalty)
 
     def deciding(self) -> dict[str, Any]:
         """What the captions depend on."""
@@ -83,6 +84,11 @@ def flags_of(completion: Completion) -> tuple[str, ...]:
         "truncated": bool(text) and (not completion.finished or not _WHOLE_SENTENCE.search(text)),
     }
     return tuple(flag for flag in FLAGS if found[flag])
+
+
+def badness(flags: tuple[str, ...]) -> tuple[int, ...]:
+    """Worse is greater: no caption, then a loop, then an end that is missing."""
+    return tuple(int(flag in flags) for flag in FLAGS)
 
 
 def loops(tokens: Sequence[int]) -> bool:

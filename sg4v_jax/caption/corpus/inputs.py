@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sg4v_jax.data.defects import inspect_image
@@ -119,10 +120,12 @@ class Files(Corpus):
     def entry(self, index: int) -> Entry:
         name = self._names[index]
         path = resolve_image(self._root, name)
-        size = path.stat().length
-        if not path.is_file():  # Reading a pipe would wait for ever.
+        if "://" in os.fspath(path):
+            return Entry(name, path.stat().length, path.read_bytes)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # Reading a pipe would wait for ever.
             raise ImageError(f"{name}: no file, but a directory, pipe or device")
-        return Entry(name, size, path.read_bytes)
+        return Entry(name, status.st_size, path.read_bytes)
 
 
 def open_corpus(

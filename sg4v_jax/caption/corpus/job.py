@@ -131,13 +131,13 @@ def describe_model(bundle: ModelBundle, **computed: object) -> dict[str, object]
       computed: how it computes, such as `dtype`.
     """
     return {
-        "weights": _params_sha256(bundle.params),
+        "sha256": _params_sha256(bundle.params),
         "tokenizer": hashlib.sha256(bundle.tokenizer_file.read_bytes()).hexdigest()
         if bundle.tokenizer_file
         else "",
         "template": bundle.template,
         "aspect": bundle.aspect,
-        **computed,
+        "computed": computed,
     }
 
 

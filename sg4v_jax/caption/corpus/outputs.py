@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from sg4v_jax.caption.corpus.claims import Line, Shards, new_file
 from sg4v_jax.data.records import IMAGE_PLACEHOLDER
+from sg4v_jax.infer.request import Completion
 
 RECORDS, ERRORS, SUMMARY, PARQUET = "captions.json", "errors.jsonl", "summary.json", "captions.parquet"
 
@@ -46,6 +47,26 @@ class Summary:
             failed = ", ".join(f"{count} {kind}" for kind, count in self.failed.items())
             parts.append(f"{sum(self.failed.values())} failed ({failed})")
         return f"{self.records}: {', '.join(parts)}"
+
+
+def caption_line(name: str, completion: Completion, flags: tuple[str, ...], attempts: int) -> Line:
+    """The line of an image with a caption."""
+    probability = completion.log_probability
+    return {
+        "image": name,
+        "caption": completion.text.strip(),
+        "finished": completion.finished,
+        "stop": completion.stop,
+        "tokens": len(completion.tokens),
+        "log_probability": None if probability is None else round(probability, 4),
+        "flags": list(flags),
+        "attempts": attempts,
+    }
+
+
+def failure_line(name: str, kind: str, error: str) -> Line:
+    """The line of an image without a caption."""
+    return {"image": name, "error": error, "kind": kind or "unreadable_image"}
 
 
 def read_shard(path: pathlib.Path) -> list[Line]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from sg4v_jax.caption.corpus import outputs
 from sg4v_jax.caption.corpus.claims import Claim, Line, Shards
-from sg4v_jax.caption.corpus.guards import FLAGS, flags_of
+from sg4v_jax.caption.corpus.guards import badness, flags_of
 from sg4v_jax.caption.corpus.inputs import Corpus, CorpusImage
 from sg4v_jax.caption.corpus.job import Settings, begin, describe
 from sg4v_jax.data.defects import allowed_bad, inspect_image
@@ -204,7 +204,7 @@ class _Run:
                 return
             shard, index, image = following
             if image.error:
-                self._put(shard, index, _failure(image.name, image.kind, image.error))
+                self._put(shard, index, outputs.failure_line(image.name, image.kind, image.error))
             else:
                 prompt = Prompt(self._turns, (image.data,))
                 yield self._request(_Attempt(shard, index, image.name, prompt))
@@ -279,13 +279,13 @@ class _Run:
         if completion is not None:
             candidates.append((flags_of(completion), completion))
         # Of two equally bad ones, the first.
-        best = min(candidates, key=lambda candidate: _badness(candidate[0]))
+        best = min(candidates, key=lambda candidate: badness(candidate[0]))
         if best[0] and completion is not None and attempt.number < self._settings.guards.retry:
             flag = candidates[-1][0][0]
             following = dataclasses.replace(attempt, number=attempt.number + 1, flag=flag, best=best)
             self._again.append(following)
             return
-        line = _caption(attempt.name, best[1], best[0], attempts=attempt.number + 1)
+        line = outputs.caption_line(attempt.name, best[1], best[0], attempts=attempt.number + 1)
         with self._lock:
             self._flagged.update(best[0])
         self._put(attempt.shard, attempt.index, line)
@@ -375,33 +375,10 @@ class _Run:
         )
 
 
-def _failure(name: str, kind: str, error: str) -> Line:
-    return {"image": name, "error": error, "kind": kind or "unreadable_image"}
-
-
 def _not_answered(attempt: _Attempt, error: str) -> Line:
     """Says what is wrong with the image, if that is why there is no answer."""
     try:
         inspect_image(attempt.prompt.images[0], attempt.name)
     except ImageError as found:
-        return _failure(attempt.name, getattr(found, "kind", ""), str(found))
-    return _failure(attempt.name, "not_answered", f"{attempt.name}: {error}")
-
-
-def _caption(name: str, completion: Completion, flags: tuple[str, ...], attempts: int) -> Line:
-    probability = completion.log_probability
-    return {
-        "image": name,
-        "caption": completion.text.strip(),
-        "finished": completion.finished,
-        "stop": completion.stop,
-        "tokens": len(completion.tokens),
-        "log_probability": None if probability is None else round(probability, 4),
-        "flags": list(flags),
-        "attempts": attempts,
-    }
-
-
-def _badness(flags: tuple[str, ...]) -> tuple[int, ...]:
-    """Worse is greater: no caption, then a loop, then an end that is missing."""
-    return tuple(int(flag in flags) for flag in FLAGS)
+        return outputs.failure_line(attempt.name, getattr(found, "kind", ""), str(found))
+    return outputs.failure_line(attempt.name, "not_answered", f"{attempt.name}: {error}")

@@ -16,6 +16,10 @@ and to read only what a slot has.
   come before the others, so that the first block's transfer runs meanwhile.
 * Keys and values may be int8 with a scale per position and head, which halves the traffic; scores and
   weights are scaled instead of keys and values.
+* The cache of all layers is one operand, and the layer a number that the blocks' places are computed from:
+  a layer cut out of it would be copied for the kernel, read and written once more.
+* The slot's new position is where the running softmax starts. It is not in the cache yet: writing 32 slots
+  takes longer than all the rest if every layer does it, so it is done once, for all layers.
 """
 
 import functools
@@ -32,22 +36,25 @@ from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, MASKED, dot, lanes
 
 
 def attention(
-    query: Float[Array, "batch 1 heads head_dim"],
-    key: Float[Array, "batch capacity kv_heads head_dim"] | Int[Array, "batch capacity kv_heads head_dim"],
-    value: Float[Array, "batch capacity kv_heads head_dim"] | Int[Array, "batch capacity kv_heads head_dim"],
-    kv_lengths: Int[Array, " batch"],
+    query: Float[Array, "batch heads head_dim"],
+    key: Float[Array, "batch kv_heads head_dim"],
+    value: Float[Array, "batch kv_heads head_dim"],
+    cached_key: Float[Array, "layers batch 1 rows head_dim"] | Int[Array, "..."],
+    cached_value: Float[Array, "layers batch 1 rows head_dim"] | Int[Array, "..."],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " batch"],
     machine: Machine,
     *,
     rows: int,
-    scales: tuple[Float[Array, "batch capacity kv_heads"], Float[Array, "batch capacity kv_heads"]]
-    | None = None,
-) -> Float[Array, "batch 1 heads head_dim"]:
-    """Attention of one query per slot to the first `kv_lengths` positions of its cache.
+    scales: tuple[Float[Array, "layers batch 1 rows"], Float[Array, "layers batch 1 rows"]] | None = None,
+) -> Float[Array, "batch heads head_dim"]:
+    """Attention of one query per slot to the first `lengths` positions of its cache, and to itself.
 
     Args:
-      query: bfloat16 or float32.
-      key, value: the cache, in the dtype of `query` or int8.
-      kv_lengths: positions in use per slot. A slot with none gets zeros.
+      query, key, value: the new position, bfloat16 or float32.
+      cached_key, cached_value: the cache, in the dtype of `query` or int8: rows of positions times heads.
+      layer: which layer of it.
+      lengths: positions in use per slot.
       machine: what the hardware can do.
       rows: rows of the cache (positions times key heads) per block, about.
       scales: what to multiply keys and values by, if they are int8.
@@ -55,27 +62,34 @@ def attention(
     Returns:
       The attended values, in the dtype of `query`.
     """
-    batch, _, heads, head_dim = query.shape
-    capacity, kv_heads = key.shape[1:3]
+    batch, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    capacity = cached_key.shape[3] // kv_heads
     positions = block_positions(capacity, kv_heads, rows)
     size = positions * kv_heads
-    flat = (batch, capacity * kv_heads, head_dim)
 
     def block_of(b: Any, j: Any, lengths: Any) -> Any:
         used = jnp.maximum(pl.cdiv(lengths[b], positions), 1)
         return jnp.maximum(j - (capacity // positions - used), 0)
 
-    slot = pl.BlockSpec((None, heads, head_dim), lambda b, j, lengths: (b, 0, 0))
-    block = pl.BlockSpec((None, size, head_dim), lambda b, j, lengths: (b, block_of(b, j, lengths), 0))
-    in_specs, operands = [slot, block, block], [query[:, 0], key.reshape(flat), value.reshape(flat)]
+    slot = pl.BlockSpec((None, heads, head_dim), lambda b, j, lengths, layer: (b, 0, 0))
+    block = pl.BlockSpec(
+        (None, None, None, size, head_dim),
+        lambda b, j, lengths, layer: (layer[0], b, 0, block_of(b, j, lengths), 0),
+    )
+    new = [jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value)]
+    in_specs = [slot, slot, slot, block, block]
+    operands = [query, *new, cached_key, cached_value]
     if scales is not None:
-        scale_block = pl.BlockSpec((None, 1, size), lambda b, j, lengths: (b, 0, block_of(b, j, lengths)))
+        scale_block = pl.BlockSpec(
+            (None, None, 1, size), lambda b, j, lengths, layer: (layer[0], b, 0, block_of(b, j, lengths))
+        )
         in_specs += [scale_block, scale_block]
-        operands += [x.reshape(batch, 1, -1) for x in scales]
-    out = pl.pallas_call(
+        operands += scales
+    out: Array = pl.pallas_call(
         functools.partial(_kernel, kv_heads, positions),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(batch, capacity // positions),
             in_specs=in_specs,
             out_specs=slot,
@@ -91,8 +105,8 @@ def attention(
         ),
         interpret=machine.interpret,
         name="decode",
-    )(kv_lengths.astype(jnp.int32), *operands)
-    return out[:, None]
+    )(lengths.astype(jnp.int32), layer.astype(jnp.int32).reshape(1), *operands)
+    return out
 
 
 def block_positions(capacity: int, kv_heads: int, rows: int) -> int:
@@ -108,7 +122,16 @@ def block_positions(capacity: int, kv_heads: int, rows: int) -> int:
 
 
 def _kernel(
-    kv_heads: int, positions: int, lengths: Any, query: Any, key: Any, value: Any, *refs: Any
+    kv_heads: int,
+    positions: int,
+    lengths: Any,
+    layer: Any,
+    query: Any,
+    new_key: Any,
+    new_value: Any,
+    key: Any,
+    value: Any,
+    *refs: Any,
 ) -> None:
     *scales, out, acc, maximum, total = refs
     b, j = pl.program_id(0), pl.program_id(1)
@@ -117,10 +140,12 @@ def _kernel(
     skipped = pl.num_programs(1) - pl.cdiv(length, positions)
 
     @pl.when(j == 0)
-    def clear() -> None:
-        acc[...] = jnp.zeros_like(acc)
-        total[...] = jnp.zeros_like(total)
-        maximum[...] = jnp.full_like(maximum, MASKED)
+    def start() -> None:
+        itself = query[...].astype(jnp.float32) * new_key[...].astype(jnp.float32)
+        itself = itself.sum(1, keepdims=True) * (head_dim**-0.5 * LOG2_E)
+        maximum[...] = jnp.broadcast_to(itself, maximum.shape)
+        total[...] = jnp.ones_like(total)
+        acc[...] = new_value[...].astype(jnp.float32)
 
     @pl.when(j >= skipped)
     def visit() -> None:
@@ -136,7 +161,6 @@ def _kernel(
         top = jnp.maximum(before, scores.max(1, keepdims=True))
         maximum[...] = top
         shrink = jnp.exp2(before - top)
-        # A head whose pairs are all masked cannot be: each block in use has a position of every head.
         weights = jnp.exp2(scores - lanes(top, scores.shape[1]))
         total[...] = total[...] * shrink + weights.sum(1, keepdims=True)
         if scales:
@@ -146,5 +170,4 @@ def _kernel(
 
     @pl.when(j == pl.num_programs(1) - 1)
     def finish() -> None:
-        sums = lanes(jnp.maximum(total[...], jnp.finfo(jnp.float32).tiny), head_dim)
-        out[...] = (acc[...] / sums).astype(out.dtype)
+        out[...] = (acc[...] / lanes(total[...], head_dim)).astype(out.dtype)

@@ -3,7 +3,7 @@
 from jaxtyping import Array
 
 from sg4v_jax.kernels.call import Call
-from sg4v_jax.kernels.tpu import decode, flash, flash_plan, vit
+from sg4v_jax.kernels.tpu import flash, flash_plan, vit
 from sg4v_jax.kernels.tpu.blocks import choice
 from sg4v_jax.kernels.tpu.machine import Machine
 
@@ -14,8 +14,6 @@ def refusal(call: Call, machine: Machine) -> str | None:
         return f"dtype {call.query.dtype} is neither bfloat16 nor float32"
     if not call.query.dtype == call.key.dtype == call.value.dtype:
         return "query, key and value differ in dtype"
-    if call.kv_lengths is not None:
-        return _refuse_decoding(call)
     if call.causal:
         return None
     if call.segment_ids is not None:
@@ -28,23 +26,10 @@ def refusal(call: Call, machine: Machine) -> str | None:
     return None
 
 
-def _refuse_decoding(call: Call) -> str | None:
-    if call.causal or call.segment_ids is not None or call.query.shape[1] != 1:
-        return "kv_lengths are for one query per row, without causality or segments"
-    capacity, kv_heads = call.key.shape[1:3]
-    try:
-        decode.block_positions(capacity, kv_heads, 1)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def attention(call: Call, machine: Machine) -> Array:
     """Runs the kernel for a call that `refusal` has nothing against."""
     table = choice(machine.name)
     query, key, value = call.query, call.key, call.value
-    if call.kv_lengths is not None:
-        return decode.attention(query, key, value, call.kv_lengths, machine, rows=table.decode)
     if call.causal:
         blocks = table.causal if call.segment_ids is None else table.packed
         settings = flash_plan.Settings(*blocks, machine)

@@ -110,7 +110,8 @@ def write_images(root: pathlib.Path, count: int) -> list[str]:
             pixels[:] = 200
         Image.fromarray(pixels).save(path, compress_level=1)
         if number % 23 == 5:
-            path.write_bytes(path.read_bytes()[:40])
+            data = path.read_bytes()
+            path.write_bytes(data[: data.index(b"IDAT") + 9])  # Its header is whole.
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
 
 

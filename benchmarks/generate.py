@@ -1,0 +1,270 @@
+"""Bulk captioning with our engine against `generate` of transformers, and what the engine itself costs.
+
+Both libraries get the same random weights, images, prompts and lengths of answers, and it is checked that
+they generate the same tokens before anything is timed. They take turns, so that whatever else the machine
+does hits both.
+
+  python benchmarks/generate.py --output=generate.json
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from sg4v_jax.convert.bundle import ModelBundle
+from sg4v_jax.convert.load import load_model
+from sg4v_jax.data.conversation import encode_prompt, get_template, place_images, training_texts
+from sg4v_jax.data.image import load_image, normalize_reference, preprocess
+from sg4v_jax.data.records import Turn
+from sg4v_jax.data.sample import expand_images
+from sg4v_jax.data.tokenizer import Tokenizer, train_tokenizer
+from sg4v_jax.infer.engine import Engine
+from sg4v_jax.infer.request import Prompt, Request, ScoreRequest
+from sg4v_jax.infer.sampling import SamplingOptions
+from sg4v_jax.parallel.mesh import make_mesh
+from sg4v_jax.world import write_world
+
+QUESTION = "<image>\nAnalyze the image in a comprehensive and detailed manner."
+# The original tool's.
+THEIR_BATCH = 4
+# A 7B model's decode step on v5e reads 13.5 GB of bfloat16 weights at 819 GB/s; the cache comes on top.
+STEP_7B = 13.5 / 819
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What both sides do.
+
+    Attributes:
+      prompts: one image each.
+      lengths: tokens of each answer, of which no earlier one may be the last.
+    """
+
+    prompts: list[Prompt]
+    lengths: list[int]
+
+    def requests(self, **fields: Any) -> list[Request]:
+        rows = [SamplingOptions(max_new_tokens=n, min_new_tokens=n, **fields) for n in self.lengths]
+        return [Request(i, *both) for i, both in enumerate(zip(self.prompts, rows, strict=True))]
+
+
+class EndsOnSchedule(StoppingCriteria):
+    """Ends each row of a batch at its own length."""
+
+    def __init__(self, start: int, lengths: list[int]):
+        self.ends = torch.tensor(lengths) + start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return input_ids.shape[1] >= self.ends
+
+
+def make_models(directory: pathlib.Path, size: str) -> tuple[LlavaForConditionalGeneration, ModelBundle, Any]:
+    """The same random weights twice, and the world whose images are captioned."""
+    files = write_world(directory / "world", train_scenes=96, heldout_scenes=4, seed=0, image_size=112)
+    tokenizer = directory / "tokenizer.model"
+    train_tokenizer(training_texts([files.cap_dense]), tokenizer, 4000, hard_vocab_limit=False)
+    vocab = Tokenizer(tokenizer).vocab_size
+    width, layers = {"mid": (512, 8), "tiny": (64, 1)}[size]
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=width // 2, intermediate_size=width, num_hidden_layers=4, num_attention_heads=4,
+            image_size=112, patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=vocab + 2, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
+            num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=1024,
+        ),
+        image_token_index=vocab, pad_token_id=vocab + 1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = LlavaForConditionalGeneration(config).eval()
+    # HF's initial weights say next to nothing; these tell tokens apart.
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    theirs.save_pretrained(directory / size)
+    return theirs, dataclasses.replace(load_model(directory / size), tokenizer_file=tokenizer), files
+
+
+def make_work(files: Any, count: int, mean: float, seed: int = 0) -> Work:
+    """Captions of the paper's spread: most within a factor of two of each other, some far from it."""
+    paths = (
+        sorted((files.image_root).rglob("*.png"))[:count] or sorted(files.image_root.rglob("*.jpg"))[:count]
+    )
+    images = [paths[i % len(paths)].read_bytes() for i in range(count)]
+    draws = np.random.default_rng(seed).lognormal(0, 0.4, count)
+    lengths = np.clip(mean * draws / draws.mean(), 4, 2.5 * mean).astype(int).tolist()
+    return Work([Prompt((Turn("human", QUESTION),), (image,)) for image in images], lengths)
+
+
+def their_run(model: LlavaForConditionalGeneration, bundle: ModelBundle, work: Work) -> list[list[int]]:
+    """The original tool's loop: a batch of images, until its longest caption ends, then the next."""
+    tokenizer = Tokenizer(bundle.tokenizer_file)
+    turns = place_images(work.prompts[0].turns)
+    ids = encode_prompt(get_template(bundle.template), turns, tokenizer)
+    tokens, _, is_image = expand_images(ids, None, bundle.config.vision.num_image_tokens)
+    row = torch.from_numpy(np.where(is_image, model.config.image_token_index, tokens))
+    answers = []
+    for start in range(0, len(work.prompts), THEIR_BATCH):
+        batch = slice(start, start + THEIR_BATCH)
+        pixels = [
+            preprocess(
+                load_image(p.images[0], name=""), size=bundle.config.vision.image_size, aspect=bundle.aspect
+            )
+            for p in work.prompts[batch]
+        ]
+        inputs = row[None].repeat(len(pixels), 1)
+        output = model.generate(
+            input_ids=inputs,
+            pixel_values=torch.from_numpy(normalize_reference(np.stack(pixels)).transpose(0, 3, 1, 2).copy()),
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max(work.lengths[batch]),
+            do_sample=False,
+            suppress_tokens=[tokenizer.eos_id, *range(tokenizer.vocab_size, tokenizer.vocab_size + 2)],
+            stopping_criteria=StoppingCriteriaList([EndsOnSchedule(len(row), work.lengths[batch])]),
+        )
+        new = output[:, len(row) :].tolist()
+        answers += [tokens[:n] for tokens, n in zip(new, work.lengths[batch], strict=True)]
+    return answers
+
+
+def our_run(engine: Engine, work: Work) -> list[list[int]]:
+    results = {result.key: result for result in engine.complete(work.requests())}
+    return [list(results[i].completion.tokens) for i in range(len(work.prompts))]
+
+
+def compare(arguments: argparse.Namespace, directory: pathlib.Path) -> dict[str, Any]:
+    """Captions and tokens per second of both, in turns."""
+    theirs, bundle, files = make_models(directory, "mid")
+    millions = sum(parameter.numel() for parameter in theirs.parameters()) / 1e6
+    work = make_work(files, arguments.captions, arguments.mean_tokens)
+    engine = Engine(
+        bundle, make_mesh(), "float32", slots=arguments.slots, capacity=arguments.capacity, prefill_rows=4
+    )
+    first = Work(work.prompts[:THEIR_BATCH], [16] * THEIR_BATCH)
+    ours, expected = our_run(engine, first), their_run(theirs, bundle, first)
+    if ours != expected:
+        raise SystemExit(f"the tokens differ: ours {ours}, transformers' {expected}")
+    rounds: dict[str, list[float]] = {"ours": [], "transformers": []}
+    for _ in range(arguments.rounds):
+        for name, run in (("ours", our_run), ("transformers", their_run)):
+            start = time.perf_counter()
+            run(*((engine, work) if name == "ours" else (theirs, bundle, work)))  # type: ignore[operator]
+            rounds[name].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(times) for name, times in rounds.items()}
+    ratios = [b / a for a, b in zip(rounds["ours"], rounds["transformers"], strict=True)]
+    print(f"{millions:.0f} M parameters, {len(work.lengths)} captions of {np.mean(work.lengths):.0f} tokens")
+    for name, time_ in seconds.items():
+        print(
+            f"{name:>14}: {len(work.lengths) / time_:6.2f} captions/s {sum(work.lengths) / time_:8.0f} tokens/s"
+        )
+    print(f"ours / transformers: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    report = {"millions": millions, "lengths": work.lengths, "seconds": rounds, "ratios": ratios}
+    return report | {"int8": quantized(arguments, bundle, work, engine)}
+
+
+def quantized(
+    arguments: argparse.Namespace, bundle: ModelBundle, work: Work, engine: Engine
+) -> dict[str, dict[str, float]]:
+    """What int8 costs and saves, against the engine in float32."""
+    few = Work(work.prompts[: arguments.slots], [min(n, 64) for n in work.lengths[: arguments.slots]])
+    exact = our_run(engine, few)
+    texts = [engine.tokenizer.decode(tokens) for tokens in exact]
+    scored = [ScoreRequest(i, p, (t,)) for i, (p, t) in enumerate(zip(few.prompts, texts, strict=True))]
+    known = {score.key: score for score in engine.score(scored)}
+    report = {}
+    for fields in ({"weights": "int8"}, {"kv": "int8"}):
+        other = Engine(
+            bundle, make_mesh(), "float32", slots=arguments.slots, capacity=arguments.capacity, **fields
+        )
+        our_run(other, few)
+        times: dict[str, list[float]] = {"float": [], "int8": []}
+        for _ in range(arguments.rounds):
+            for name, each in (("float", engine), ("int8", other)):
+                start = time.perf_counter()
+                found = our_run(each, few)
+                times[name].append(time.perf_counter() - start)
+        same = [a == b for x, y in zip(exact, found, strict=True) for a, b in zip(x, y, strict=True)]
+        errors = [
+            abs(score.log_probabilities[0] - known[score.key].log_probabilities[0]) / score.num_tokens[0]
+            for score in other.score(scored)
+        ]
+        (name,) = fields
+        report[name] = {
+            "speed": statistics.median(a / b for a, b in zip(times["float"], times["int8"], strict=True)),
+            "memory": getattr(other.memory, "parameters" if name == "weights" else "slots")
+            / getattr(engine.memory, "parameters" if name == "weights" else "slots"),
+            "greedy_tokens_equal": float(np.mean(same)),
+            "log_probability_error_per_token": float(np.mean(errors)),
+        }
+        print(f"{name}=int8 against float32: " + ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
+    return report
+
+
+def overhead(arguments: argparse.Namespace, directory: pathlib.Path) -> dict[str, float]:
+    """Occupancy of the slots, and what the host does per step: a model so small that little else is left."""
+    _, bundle, files = make_models(directory, "tiny")
+    engine = Engine(bundle, make_mesh(), "float32", slots=arguments.bulk_slots, capacity=640)
+    list(engine.complete(make_work(files, 8, 8).requests()))
+    engine.stats = type(engine.stats)(engine.stats.groups)
+    work = make_work(files, arguments.bulk, 180, seed=1)
+    # Processor time of this thread: what waits for the device, or for other processes, doesn't count.
+    start = time.thread_time()
+    list(engine.complete(work.requests()))
+    host = (time.thread_time() - start) / engine.stats.steps
+    stats = engine.stats
+    print(
+        f"{arguments.bulk} captions in {arguments.bulk_slots} slots: occupancy {stats.occupancy:.3f} to the last one; "
+        f"host {1e6 * host:.0f} us per step, {host / STEP_7B:.1%} of a 7B step on v5e ({1e3 * STEP_7B:.1f} ms)"
+    )
+    return {"occupancy": stats.occupancy, "host_seconds_per_step": host, "share_of_7b_step": host / STEP_7B}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--captions", type=int, default=64)
+    parser.add_argument("--mean-tokens", type=float, default=120)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--capacity", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bulk", type=int, default=512, help="captions of the run that measures occupancy")
+    parser.add_argument("--bulk-slots", type=int, default=32)
+    parser.add_argument("--output", help="JSON of all figures")
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {
+        "machine": {"cores": os.cpu_count(), "load": os.getloadavg(), "python": platform.python_version()},
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        report["overhead"] = overhead(arguments, pathlib.Path(directory))
+        report["comparison"] = compare(arguments, pathlib.Path(directory))
+    report["machine"]["load_after"] = os.getloadavg()
+    if arguments.output:
+        pathlib.Path(arguments.output).write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
