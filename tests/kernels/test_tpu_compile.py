@@ -105,12 +105,12 @@ def test_decoding_copies_nothing_of_the_cache(dtype):
         return jax.ShapeDtypeStruct(leaf.shape, leaf_dtype, sharding=spec_)
 
     with jax.set_mesh(mesh):
-        cache = jax.eval_shape(lambda: KVCache.empty(config, 8, 2048, dtype))
+        cache = jax.eval_shape(lambda: KVCache.empty(config, 16, 4096, dtype))
         axes = {5: CACHE_AXES, 4: CACHE_AXES[:4], 1: ("batch",)}
         cache = jax.tree.map(lambda leaf: place(leaf, axes[leaf.ndim]), cache)
         params = jax.tree.map(place, nnx.to_pure_dict(params))
-        x = place(jax.ShapeDtypeStruct((8, 1, 1024), jnp.float32))
-        active = jax.ShapeDtypeStruct((8,), jnp.int32)
+        x = place(jax.ShapeDtypeStruct((16, 1, 1024), jnp.float32))
+        active = jax.ShapeDtypeStruct((16,), jnp.int32)
         layouts = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), params)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         places = jax.tree.map(lambda leaf: leaf.sharding, cache)
@@ -124,5 +124,5 @@ def test_decoding_copies_nothing_of_the_cache(dtype):
         program = step.lower(params, x, cache, active).compile()
     assert "tpu_custom_call" in program.as_text()
     one_layer = cache.key.size // 2 // 2 * cache.key.dtype.itemsize
-    assert program.memory_analysis().temp_size_in_bytes < one_layer / 2
+    assert program.memory_analysis().temp_size_in_bytes < one_layer
     assert program.memory_analysis().alias_size_in_bytes >= 4 * one_layer
