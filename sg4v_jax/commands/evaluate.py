@@ -8,6 +8,10 @@ from sg4v_jax.commands.common import add_command, add_sampling, load_engine, pro
 from sg4v_jax.commands.processes import add_processes, join
 
 _ANSWER_TOKENS = 128
+_GREEDY = {
+    **{"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0, "stop": []},
+    **{"min_new_tokens": 0, "no_repeat_ngram": 0, "num_beams": 1, "length_penalty": 1.0},
+}
 
 
 def add(commands: Any) -> None:
@@ -81,8 +85,7 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
 
     benchmarks = get_benchmarks(arguments.benchmarks)
     _require(arguments, "data", "model", "output")
-    sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0}
-    if changed := [name for name, value in sampling.items() if getattr(arguments, name) != value]:
+    if changed := [name for name, value in _GREEDY.items() if getattr(arguments, name) != value]:
         raise ValueError(f"benchmarks are answered greedily; leave out --{changed[0].replace('_', '-')}")
     choices = Choices(
         mode=arguments.mode,
@@ -90,6 +93,7 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
         aspect=arguments.aspect,
         max_new_tokens=arguments.max_new_tokens or 0,
         limit=arguments.limit,
+        precision=f"{arguments.dtype}, {arguments.weights} weights, {arguments.kv} keys and values",
     )
     from sg4v_jax.parallel import shares
 

@@ -13,7 +13,9 @@ from sg4v_jax.evaluate.registry import BENCHMARKS
 from sg4v_jax.evaluate.runner import read_marked, read_scores
 from sg4v_jax.evaluate.statistics import Estimate, difference, estimate, sign_test
 
-_SETTINGS = ("mode", "template", "aspect", "max_new_tokens", "digest")
+# With fewer units a bootstrap's interval is too narrow to conclude anything from.
+_FEWEST_UNITS = 20
+_SETTINGS = ("mode", "template", "aspect", "max_new_tokens", "precision", "digest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Change:
 
     @property
     def significant(self) -> bool:
-        """Whether the 95 % interval excludes no change at all."""
-        return self.difference.low > 0 or self.difference.high < 0
+        """Whether the 95 % interval excludes no change at all, and there is enough to tell."""
+        enough = self.difference.units >= _FEWEST_UNITS
+        return enough and (self.difference.low > 0 or self.difference.high < 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +89,14 @@ class Comparison:
 
     Attributes:
       runs: their names; published ones have values only.
+      own: how many of them are runs of ours; the first ones.
       rows: metrics, those of a benchmark together.
       flips: by benchmark and later run.
       notes: settings and data that differ, and benchmarks that only some runs have.
     """
 
     runs: tuple[str, ...]
+    own: int
     rows: tuple[Row, ...]
     flips: tuple[Flips, ...]
     notes: tuple[str, ...]
@@ -122,7 +127,7 @@ def compare_runs(outputs: Sequence[str | os.PathLike[str]], published: Sequence[
         rows += _rows(name, marked, published)
         first = marked[0]
         flips += [_flips(name, i, first, m) for i, m in enumerate(marked) if i and first and m]
-    return Comparison((*labels, *published), tuple(rows), tuple(flips), tuple(notes))
+    return Comparison((*labels, *published), len(labels), tuple(rows), tuple(flips), tuple(notes))
 
 
 def table(comparison: Comparison, *, headlines: bool = True) -> str:
@@ -174,7 +179,7 @@ def _rows(name: str, marked: Sequence[list[Marked] | None], published: Sequence[
     rows = []
     for metric in order:
         own = [found.get(metric) for found in metrics]
-        quoted = [Estimate(*[row[name, metric]] * 3) if (name, metric) in row else None for row in known]
+        quoted = [_quoted(row[name, metric]) if (name, metric) in row else None for row in known]
         rows.append(
             Row(
                 name,
@@ -185,6 +190,10 @@ def _rows(name: str, marked: Sequence[list[Marked] | None], published: Sequence[
             )
         )
     return rows
+
+
+def _quoted(value: float) -> Estimate:
+    return Estimate(value, value, value, 0)
 
 
 def _change(first: Metric | None, later: Metric | None) -> Change | None:

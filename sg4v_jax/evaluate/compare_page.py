@@ -62,13 +62,13 @@ def write_page(
 
 
 def _header(comparison: Comparison) -> str:
-    first, *others = comparison.runs
+    first, *others = comparison.runs[: comparison.own]
     notes = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
     against = f"{' and '.join(others)} against {first}" if others else first
     return (
         f"<header><p class=kicker>sg4v eval</p><h1>{escape(against)}</h1>"
         "<p class=lead>Differences are on the samples that both runs have, with the 95 % interval of a "
-        "paired bootstrap; bold where it excludes no change.</p>"
+        "paired bootstrap; bold where it excludes no change, from twenty units on.</p>"
         f"{f'<ul class=bad>{notes}</ul>' if notes else ''}</header>"
     )
 

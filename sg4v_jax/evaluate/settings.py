@@ -27,6 +27,7 @@ class Settings:
       template: conversation template.
       aspect: image preprocessing.
       max_new_tokens: most tokens of an answer.
+      precision: what the model computes in, and what is quantised.
       samples: how many questions.
       digest: SHA-256 of the questions and their truth.
     """
@@ -37,6 +38,7 @@ class Settings:
     template: str
     aspect: str
     max_new_tokens: int
+    precision: str
     samples: int
     digest: str
 
@@ -59,13 +61,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What a user may set; what is empty or 0 stays as published."""
+    """What a user may set; what is empty or 0 stays as published. `precision` is for the records."""
 
     mode: Mode = "generate"
     template: str = ""
     aspect: str = ""
     max_new_tokens: int = 0
     limit: int = 0
+    precision: str = ""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -92,6 +95,7 @@ class Choices:
             template=self.template or benchmark.template,
             aspect=self.aspect or benchmark.aspect,
             max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens,
+            precision=self.precision,
             samples=len(samples),
             digest=_digest(samples),
         )

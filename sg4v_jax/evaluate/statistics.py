@@ -15,17 +15,18 @@ _LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A metric's value with a 95 % interval of the bootstrap over its units."""
+    """A metric's value with a 95 % interval of the bootstrap over its units, and how many these are."""
 
     value: float
     low: float
     high: float
+    units: int
 
 
 def estimate(metric: Metric, *, seed: int = 0) -> Estimate:
     """A metric with its interval; the same input gives the same numbers."""
     table = _Table([metric])
-    return Estimate(float(table.once()[0]), *_interval(table.draws(seed)[0]))
+    return Estimate(float(table.once()[0]), *_interval(table.draws(seed)[0]), table.size)
 
 
 def value(metric: Metric) -> float:
@@ -43,7 +44,7 @@ def difference(first: Metric, second: Metric, *, seed: int = 0) -> Estimate:
     if not table.size:
         raise ValueError(f"{first.name}: the two runs have no sample in common")
     once, draws = table.once(), table.draws(seed)
-    return Estimate(float(once[1] - once[0]), *_interval(draws[1] - draws[0]))
+    return Estimate(float(once[1] - once[0]), *_interval(draws[1] - draws[0]), table.size)
 
 
 def sign_test(wins: int, losses: int) -> float:

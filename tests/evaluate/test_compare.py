@@ -5,13 +5,14 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from sg4v_jax.evaluate.compare import compare_runs, table
+from sg4v_jax.evaluate.compare import Change, compare_runs, table
 from sg4v_jax.evaluate.compare_page import write_page
 from sg4v_jax.evaluate.published import PUBLISHED
 from sg4v_jax.evaluate.radar import radar_chart
 from sg4v_jax.evaluate.registry import BENCHMARKS
 from sg4v_jax.evaluate.runner import run_benchmark
 from sg4v_jax.evaluate.settings import Choices
+from sg4v_jax.evaluate.statistics import Estimate
 from sg4v_jax.infer.request import Request
 from tests.evaluate.official import WRITERS, FakeEngine
 
@@ -55,14 +56,23 @@ def test_differences_and_flips(runs: pathlib.Path) -> None:
     assert set(headlines) == {*NAMES} - {"vqav2"}, "what a server scores has no row"
     gqa = headlines["gqa"]
     assert [v.value for v in gqa.values if v] == [0.0, 100.0]
-    assert gqa.changes[0] is None and gqa.changes[1] is not None and gqa.changes[1].significant
+    assert gqa.changes[0] is None and gqa.changes[1] is not None
     assert gqa.changes[1].difference.value == pytest.approx(100.0)
+    assert not gqa.changes[1].significant, "two questions say nothing"
     flips = {flips.benchmark: flips for flips in found.flips}
     assert [flip.id for flip in flips["gqa"].gained] == ["201", "202"] and not flips["gqa"].lost
     assert flips["gqa"].p == pytest.approx(0.5)
     assert flips["gqa"].gained[0].answers == ("<script>alert(1)</script>", "yes")
     back = compare_runs([runs / "second", runs / "first"])
     assert {f.benchmark: len(f.lost) for f in back.flips} == {f.benchmark: len(f.gained) for f in found.flips}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "units", "significant"),
+    [(0.1, 2.0, 20, True), (-2.0, -0.1, 500, True), (0.1, 2.0, 19, False), (-0.1, 2.0, 500, False)],
+)
+def test_significance(low: float, high: float, units: int, significant: bool) -> None:
+    assert Change(Estimate(1.0, low, high, units)).significant == significant
 
 
 def test_a_run_is_no_better_than_itself(runs: pathlib.Path) -> None:
@@ -81,7 +91,7 @@ def test_other_settings_are_said(runs: pathlib.Path) -> None:
 def test_the_table(runs: pathlib.Path) -> None:
     text = table(compare_runs([runs / "first", runs / "second"], ["sharegpt4v-7b"]))
     gqa = next(line for line in text.splitlines() if line.startswith("GQA"))
-    assert gqa.split()[2:] == ["0.00", "100.00", "63.30", "+100.00", "(+100.00", "to", "+100.00)*"]
+    assert gqa.split()[2:] == ["0.00", "100.00", "63.30", "+100.00", "(+100.00", "to", "+100.00)"]
     assert "MME: perception" in text and "artwork" not in text
     assert "artwork" in table(compare_runs([runs / "first", runs / "second"]), headlines=False)
     assert "gqa, second: 2 samples gained, 0 lost" in text

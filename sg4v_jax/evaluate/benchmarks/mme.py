@@ -98,7 +98,7 @@ def parse(answer: str) -> str:
 
 def _questions(category: str, text: pathlib.Path, image: pathlib.Path, root: pathlib.Path) -> list[Sample]:
     found = []
-    for number, line in enumerate(text.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(text.read_text(encoding="utf-8").split("\n")):
         question, tab, truth = line.rstrip().rpartition("\t")
         if tab and truth.lower() in ("yes", "no"):
             found.append(
