@@ -64,10 +64,12 @@ def add_sampling(
 
 def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(engine, sampling options) that the flags of `add_sampling` ask for; each process has its own."""
+    import jax
+
     from sg4v_jax.convert.load import load_model
     from sg4v_jax.infer.engine import Engine
     from sg4v_jax.infer.sampling import SamplingOptions
-    from sg4v_jax.parallel.shares import local_mesh
+    from sg4v_jax.parallel.mesh import make_mesh
 
     options = SamplingOptions(
         max_new_tokens=arguments.max_new_tokens,
@@ -82,9 +84,11 @@ def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
         length_penalty=arguments.length_penalty,
         stop=tuple(arguments.stop),
     )
+    # Each process has its own work, and its own devices.
+    mesh = make_mesh(data=-1, fsdp=1, tensor=arguments.tensor, devices=jax.local_devices())
     engine = Engine(
         load_model(arguments.model),
-        local_mesh(arguments.tensor),
+        mesh,
         arguments.dtype,
         weights=arguments.weights,
         kv=arguments.kv,
@@ -92,5 +96,6 @@ def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
         num_beams=arguments.num_beams,
         capacity=arguments.capacity,
     )
-    print(engine.memory.describe(), file=sys.stderr)
+    if jax.process_index() == 0:
+        print(engine.memory.describe(), file=sys.stderr)
     return engine, options

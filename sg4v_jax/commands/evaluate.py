@@ -1,7 +1,6 @@
 """`sg4v eval`."""
 
 import argparse
-import functools
 import os
 from typing import Any
 
@@ -78,6 +77,8 @@ def _list() -> None:
 
 
 def _benchmarks(arguments: argparse.Namespace) -> None:
+    import functools
+
     from sg4v_jax.evaluate.registry import get_benchmarks
     from sg4v_jax.evaluate.runner import run_benchmark, summary
     from sg4v_jax.evaluate.settings import Choices

@@ -1,7 +1,6 @@
 """What the commands that run as several processes share: flags, and joining the others."""
 
 import argparse
-import logging
 from typing import Any
 
 
@@ -20,6 +19,8 @@ def join(arguments: argparse.Namespace) -> bool:
 
     The others say only what is wrong.
     """
+    import logging
+
     import jax
 
     from sg4v_jax.parallel import distributed

@@ -10,17 +10,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-
-from sg4v_jax.parallel.mesh import make_mesh
 
 # A share may take as long as it likes; a process that dies is noticed by its silence.
 _PATIENCE = 7 * 24 * 3600
-
-
-def local_mesh(tensor: int = 1) -> Mesh:
-    """A mesh of this process's own devices: copies of the model, each shared by `tensor` of them."""
-    return make_mesh(slices=1, data=-1, fsdp=1, tensor=tensor, devices=jax.local_devices())
 
 
 def mine() -> tuple[int, int]:
