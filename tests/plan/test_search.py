@@ -28,7 +28,8 @@ def made_up(config: ConfigDict, gib: float, seconds: float) -> Plan:
         step="train", topology=SLICE, mesh={"data": 1, "fsdp": 64, "tensor": 1}, rows=64, tokens=64 * 3072,
         remat=config.train.remat, memory=Memory(GIB, GIB, GIB, int(gib * GIB) - GIB, 0),
         arguments={"batch": GIB}, work=work, collectives=found, model_flops=1e15,
-        roofline=roofline(SLICE, coordinates, work, found, 0.0), host_bytes=0, unknown_loops=[], compile_seconds=1.0, hlo="",
+        roofline=roofline(SLICE, coordinates, work, found, 0.0), host_bytes=0,
+        unknown_loops=[], compile_seconds=1.0, hlo="",
     )  # fmt: skip
 
 
