@@ -99,8 +99,11 @@ def _line(plan: Plan) -> str:
 
 def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
     """Settings that divide and might fit by a guess, the fastest by the same guess first."""
+    model = ModelConfig.from_dict(config.model.to_dict())
+    trainable, frozen = groups.split(abstract_model(model)[1], config.optim.groups)
+    known = model, groups.count(trainable), groups.count(frozen), train_flops(config, model)
     found = [
-        _guess(config, topology, *mesh, accumulate, remat)
+        _guess(config, topology, known, *mesh, accumulate, remat)
         for mesh in _meshes(config, topology)
         for accumulate in (1, 2, 4, 8)
         for remat in REMAT_POLICIES
@@ -120,11 +123,17 @@ def _meshes(config: ConfigDict, topology: Topology) -> Iterator[tuple[int, int, 
 
 
 def _guess(
-    config: ConfigDict, topology: Topology, data: int, fsdp: int, tensor: int, accumulate: int, remat: str
+    config: ConfigDict,
+    topology: Topology,
+    known: tuple[ModelConfig, int, int, float],
+    data: int,
+    fsdp: int,
+    tensor: int,
+    accumulate: int,
+    remat: str,
 ) -> Candidate:
-    model, chip = ModelConfig.from_dict(config.model.to_dict()), topology.chip
-    trainable, frozen = groups.split(abstract_model(model)[1], config.optim.groups)
-    trained, fixed = groups.count(trainable), groups.count(frozen)
+    model, trained, fixed, model_flops = known
+    chip = topology.chip
     text, chips = model.text, topology.num_chips
     positions = config.data.batch_size * config.data.seq_len / (data * fsdp) / accumulate
     saved = saved_widths(model, remat)
@@ -132,9 +141,7 @@ def _guess(
     block = 2 * (trained + fixed) / text.num_layers / tensor
     activations = 2 * positions * text.hidden_size * text.num_layers * saved
     memory = state + activations + 4 * block + 2 * positions * text.intermediate_size * 6 / tensor
-    flops = (
-        train_flops(config, model) / chips * (4 / 3 if remat == "full" else 1.15 if remat != "none" else 1)
-    )
+    flops = model_flops / chips * (4 / 3 if remat == "full" else 1.15 if remat != "none" else 1)
     weights = 2 * (trained + fixed) / tensor * (1 - 1 / fsdp)
     # Weights are gathered twice for each microbatch, gradients reduced once.
     network = accumulate * (2 * weights + 2 * weights) * (fsdp > 1) + 2 * weights / fsdp * (data > 1)
