@@ -33,9 +33,17 @@ CORE = [
     "tqdm>=4.66",
 ]
 
+# Compiles for TPUs without one.
+LIBTPU = [
+    "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
+    "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",
+]
+
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
+    # `sg4v plan` on a machine without a TPU.
+    "plan": LIBTPU,
     # To build a dataset on many machines.
     "beam": ["apache-beam>=2.60,<3"],
     # To tag the parts of speech of captions; its English model comes along.
@@ -48,6 +56,7 @@ EXTRAS = {
     # What the tests compare against; none of it is needed to run the library.
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
         "mypy>=1.13",
         "beartype>=0.19",
@@ -58,9 +67,7 @@ EXTRAS = {
         "openpyxl>=3.1,<4",
         # In any case there with JAX; the statistics are compared with its own.
         "scipy>=1.11",
-        # Compiles for TPUs without one: the kernels of each generation, and their cycles.
-        "libtpu==0.0.42.*; python_version < '3.12' and sys_platform == 'linux'",
-        "libtpu==0.0.52.*; python_version >= '3.12' and sys_platform == 'linux'",
+        *LIBTPU,
         "torch==2.13.0",
         "transformers>=5,<6",
         "safetensors>=0.5,<1",
