@@ -91,8 +91,8 @@ def make_models(directory: pathlib.Path, size: str) -> tuple[LlavaForConditional
             image_size=112, patch_size=14,
         ),
         text_config=LlamaConfig(
-            vocab_size=vocab + 2, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
-            num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=1024,
+            vocab_size=vocab + 2, hidden_size=width, intermediate_size=width * 11 // 4,
+            num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=1024,
         ),
         image_token_index=vocab, pad_token_id=vocab + 1,
     )  # fmt: skip
@@ -130,9 +130,7 @@ def their_run(model: LlavaForConditionalGeneration, bundle: ModelBundle, work: W
     for start in range(0, len(work.prompts), THEIR_BATCH):
         batch = slice(start, start + THEIR_BATCH)
         pixels = [
-            preprocess(
-                load_image(p.images[0], name=""), size=bundle.config.vision.image_size, aspect=bundle.aspect
-            )
+            preprocess(load_image(p.images[0], name=""), size=size, aspect=bundle.aspect)
             for p in work.prompts[batch]
         ]
         inputs = row[None].repeat(len(pixels), 1)
@@ -178,7 +176,7 @@ def compare(arguments: argparse.Namespace, directory: pathlib.Path) -> dict[str,
     print(f"{millions:.0f} M parameters, {len(work.lengths)} captions of {np.mean(work.lengths):.0f} tokens")
     for name, time_ in seconds.items():
         print(
-            f"{name:>14}: {len(work.lengths) / time_:6.2f} captions/s {sum(work.lengths) / time_:8.0f} tokens/s"
+            f"{name:>14}: {len(work.lengths) / time_:.2f} captions/s, {sum(work.lengths) / time_:.0f} tokens/s"
         )
     print(f"ours / transformers: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     report = {"millions": millions, "lengths": work.lengths, "seconds": rounds, "ratios": ratios}
@@ -240,12 +238,8 @@ def overhead(arguments: argparse.Namespace, directory: pathlib.Path) -> dict[str
 
     list(engine.complete(requests()))
     host = (time.thread_time() - start) / engine.stats.steps
-    print(
-        f"{arguments.bulk} captions in {arguments.bulk_slots} slots: occupancy {full:.3f} while there were more"
-    )
-    print(
-        f"to come, {engine.stats.occupancy:.3f} to the end of the last one; the host takes {1e6 * host:.0f} us"
-    )
+    print(f"{arguments.bulk} captions, {arguments.bulk_slots} slots: occupancy {full:.3f} with more to come,")
+    print(f"{engine.stats.occupancy:.3f} to the end of the last one; the host takes {1e6 * host:.0f} us")
     print(f"per step, {host / STEP_7B:.1%} of a 7B model's on v5e ({1e3 * STEP_7B:.1f} ms)")
     return {
         "occupancy_with_more_to_come": full,
