@@ -214,7 +214,7 @@ def _plan(
         collectives=found,
         roofline=roofline(topology, coordinates, done, found, kernel_seconds),
         model_flops=model_flops,
-        host_bytes=program.arguments["batch"] * parts,
+        host_bytes=program.arguments.get("batch", 0) * parts,  # Decoding gets nothing from the host.
         unknown_loops=module.unknown_loops(),
         compile_seconds=program.seconds,
         hlo=text,

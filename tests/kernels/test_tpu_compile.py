@@ -94,8 +94,8 @@ def test_decoding_copies_nothing_of_the_cache(dtype):
     config = TextConfig(
         vocab_size=512, hidden_size=1024, intermediate_size=1024, num_layers=2, num_heads=8, num_kv_heads=4
     )
-    axis_types = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.sharding.Mesh(devices("v5e", 2).reshape(1, 1, 2), MESH_AXES, axis_types=axis_types)
+    axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    mesh = jax.sharding.Mesh(devices("v5e", 2).reshape(1, 1, 1, 2), MESH_AXES, axis_types=axis_types)
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(params=0)))
     graphdef, params = nnx.split(model)
 
