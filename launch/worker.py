@@ -108,6 +108,9 @@ def start(job: str, argv: list[str], env: list[str]) -> None:
                 process = subprocess.Popen(
                     itself, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
+            # Its command line can be seen only a moment after it was started.
+            while not is_named(process.pid, job) and process.poll() is None:
+                time.sleep(0.01)
             write(folder / "pid", str(process.pid))
             write(ROOT / "current", job)
     say("start", job)
@@ -198,8 +201,15 @@ def exit_code(folder: Path) -> str | None:
 def alive(folder: Path) -> bool:
     """Whether the job's supervisor is there (the number may be somebody else's by now)."""
     try:
-        pid = (folder / "pid").read_text()
-        return folder.name.encode() in Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
+        return is_named(int((folder / "pid").read_text()), folder.name)
+    except OSError:
+        return False
+
+
+def is_named(pid: int, job: str) -> bool:
+    """Whether there is a process of that number that has the job in its command line."""
+    try:
+        return job.encode() in Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
 
