@@ -42,12 +42,16 @@ class TinyWorld:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     """60 scenes, their questions and the photographs. Read only: tests share it."""
+    return write_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+def write_tiny_world(directory: pathlib.Path) -> TinyWorld:
+    """Builds it in an empty directory."""
     from sg4v_jax.data.build import build
     from sg4v_jax.data.conversation import training_texts
     from sg4v_jax.data.tokenizer import train_tokenizer
     from sg4v_jax.world import write_world
 
-    directory = tmp_path_factory.mktemp("world")
     files = write_world(directory, train_scenes=60, heldout_scenes=4, seed=0, image_size=72)
     tokenizer = directory / "tokenizer.model"
     texts = training_texts([files.cap_dense, files.sft_mix])

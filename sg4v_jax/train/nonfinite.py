@@ -122,7 +122,8 @@ class NonFiniteSteps:
         except Exception as error:  # It is only there to help; whatever is wrong with the data is said.
             samples = f"could not be read again: {error}"
         about = {"step": step.index, "rows": samples}
-        about |= {name: repr(float(value)) for name, value in step.metrics.items()}
+        # As strings: JSON has no NaN. Losses by kind are lists.
+        about |= {name: np.asarray(value).astype(str).tolist() for name, value in step.metrics.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:

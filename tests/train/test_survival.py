@@ -29,7 +29,7 @@ from sg4v_jax.train.checkpoint import Checkpointer
 from sg4v_jax.train.nonfinite import NonFinite, load_batch
 from tests.conftest import TinyWorld
 from tests.train import faults
-from tests.train.test_resume import REPOSITORY, logged, saved
+from tests.train.test_resume import REPOSITORY, logged
 
 PARAMS = {"a": {"w": np.arange(6000, dtype=np.float32)}, "b": np.arange(5.0)}
 
@@ -45,7 +45,8 @@ def save(checkpointer: Checkpointer, step: int, **options: Any) -> None:
 
 def restored(checkpointer: Checkpointer, step: int) -> Any:
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS))
-    return checkpointer.restore(step, shapes, {"mu": jax.ShapeDtypeStruct((3,), jnp.int32)}, data(), None)[0]
+    opt_shapes = {"mu": jax.ShapeDtypeStruct((3,), jnp.int32)}
+    return checkpointer.restore(step, shapes, opt_shapes, data(), lambda states: states[0])[0]
 
 
 def run_of(workdir: pathlib.Path, steps: tuple[int, ...], **options: Any) -> None:
@@ -348,8 +349,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(
     tiny_world: TinyWorld, tmp_path: pathlib.Path, record_property: Any
 ) -> None:
     """By SIGKILL, most of them inside of a save; and four times its newest checkpoint was damaged."""
-    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
     command = [sys.executable, "-m", "tests.train.faults", f"--tokenizer={tiny_world.tokenizer}"]
     command += [f"--dataset={tiny_world.captions}", f"--output={tmp_path}", "--kills=20"]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
@@ -361,17 +361,5 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(
     assert sum(bool(life["unfinished"]) for life in lives) >= 5, "kills inside of a save"
     damaged = [life for life in lives if "damaged" in life]
     assert damaged
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    assert len(list((killed / checkpoint.DAMAGED).iterdir())) >= 1
-    assert logged(killed) == logged(undisturbed)
-    assert [line["step"] for line in logged(killed)] == list(range(faults.STEPS))
-    for step in faults.steps(undisturbed)[-2:]:
-        ours, theirs = saved(killed, step), saved(undisturbed, step)
-        for item, leaves in theirs.items():
-            assert leaves.keys() == ours[item].keys() and len(leaves) > 20
-            for name, leaf in leaves.items():
-                np.testing.assert_array_equal(ours[item][name], leaf, err_msg=f"{item} {name}")
-        states = [
-            next((run / CHECKPOINTS / str(step) / "data").glob("*.json")) for run in (killed, undisturbed)
-        ]
-        assert states[0].read_text() == states[1].read_text()
+    assert len(list((tmp_path / "killed" / checkpoint.DAMAGED).iterdir())) >= 1
+    assert faults.compare(tmp_path) > 80
