@@ -92,8 +92,8 @@ def make_models(directory: pathlib.Path, size: str) -> tuple[LlavaForConditional
         ),
         text_config=LlamaConfig(
             vocab_size=vocab + 2, hidden_size=width, intermediate_size=width * 11 // 4,
-            num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64,
-            max_position_embeddings=1024,
+            num_hidden_layers=layers, num_attention_heads=width // 64,
+            num_key_value_heads=width // 64, max_position_embeddings=1024,
         ),
         image_token_index=vocab, pad_token_id=vocab + 1,
     )  # fmt: skip
@@ -176,10 +176,8 @@ def compare(arguments: argparse.Namespace, directory: pathlib.Path) -> dict[str,
     ratios = [b / a for a, b in zip(rounds["ours"], rounds["transformers"], strict=True)]
     print(f"{millions:.0f} M parameters, {len(work.lengths)} captions of {np.mean(work.lengths):.0f} tokens")
     for name, time_ in seconds.items():
-        print(
-            f"{name:>14}: {len(work.lengths) / time_:.2f} captions/s, "
-            f"{sum(work.lengths) / time_:.0f} tokens/s"
-        )
+        captions, tokens = len(work.lengths) / time_, sum(work.lengths) / time_
+        print(f"{name:>14}: {captions:.2f} captions/s, {tokens:.0f} tokens/s")
     print(f"ours / transformers: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     report = {"millions": millions, "lengths": work.lengths, "seconds": rounds, "ratios": ratios}
     return report | {"int8": quantized(arguments, bundle, work, engine)}
