@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -74,15 +75,28 @@ def run_config(tokenizer: str, dataset: str, processes: int = 1) -> ConfigDict:
 
 
 class Killer:
-    """Kills this process in the `count`-th of a phase, `delay` seconds after it began."""
+    """Kills this process in the `count`-th of a phase, `delay` seconds after it began.
+
+    Attributes:
+      process: which of the job's it is; see `run`.
+    """
+
+    process = 0
 
     def __init__(self, phase: str, count: int, delay: float):
         self._phase, self._count, self._delay = phase, count, delay
+        self._armed, self._saves = False, 0
 
     def begin(self, phase: str) -> None:
-        if phase == self._phase:
+        if self._armed and phase == "save":
+            # The delay is longer than was thought: the machine is not as busy as it was.
+            self._saves += 1
+            if self._saves == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if phase == self._phase and not self._armed:
             self._count -= 1
             if self._count == 0:
+                self._armed = True
                 threading.Thread(target=self._kill, daemon=True).start()
 
     def _kill(self) -> None:
@@ -159,6 +173,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, processes: int, killer: Kille
             }
         environments = [shared | {"SG4V_PROCESS_ID": str(i)} for i in range(processes)]
     victim, pids = random.randrange(processes), []
+    if killer is not None:
+        killer.process = victim
     for i, environment in enumerate(environments):
         pid = os.fork()
         if pid == 0:
@@ -227,12 +243,15 @@ def torment(
         if len(done) > 1 and killed % 4 == 3 and not event:
             kind = DAMAGES[killed // 4 % len(DAMAGES)]
             event["damaged"] = f"{done[-1]}: " + damage(workdir / CHECKPOINTS / str(done[-1]), kind)
-        # A life of which little is left to do would end before it is killed.
-        phase = "start" if done and done[-1] > STEPS - 4 else random.choice(PHASES)
-        count = 1 if phase == "start" else random.choice((1, 2, 3))
+        phase, count = random.choice(PHASES), random.choice((1, 2, 3))
         delay = random.uniform(0, {"start": 10, "step": 1, "save": 1.5}[phase] * scale)
+        if done and done[-1] > STEPS - 6:
+            # Little is left to do: it must not end before it is killed.
+            phase, count, delay = "step", 1, 0
+        count = 1 if phase == "start" else count
         said = _size(log)
-        codes = run(config, workdir, processes, Killer(phase, count, delay))
+        killer = Killer(phase, count, delay)
+        codes = run(config, workdir, processes, killer)
         if codes[0] != -signal.SIGKILL:
             unmet += 1
             if unmet > MAX_UNMET or not _did_not_meet(log, said):
@@ -240,7 +259,12 @@ def torment(
             event["unmet"] = unmet
             continue
         killed, unmet = killed + 1, 0
-        event |= {"phase": phase, "delay": round(delay, 3), "checkpoints": steps(workdir)}
+        event |= {
+            "process": killer.process,
+            "phase": phase,
+            "delay": round(delay, 3),
+            "checkpoints": steps(workdir),
+        }
         story.append(event | {"unfinished": unfinished(workdir)})
         event = {}
         print(json.dumps(story[-1]), file=sys.stderr, flush=True)
@@ -268,6 +292,18 @@ def _did_not_meet(log: pathlib.Path, before: int) -> bool:
     """Whether what a log has said since it had `before` bytes is that processes did not meet in time."""
     said = log.read_bytes()[before:].decode(errors="replace")
     return any(sign in said for sign in UNMET)
+
+
+def tiny_world(directory: pathlib.Path) -> list[str]:
+    """Tokenizer and dataset of the tests' world. Another process builds it: this one has to fork."""
+    directory.mkdir()
+    script = (
+        "import pathlib, sys; from tests.conftest import write_tiny_world; "
+        "world = write_tiny_world(pathlib.Path(sys.argv[1])); "
+        "print(world.tokenizer, world.captions, sep='\\n')"
+    )
+    command = [sys.executable, "-c", script, os.fspath(directory)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-2:]
 
 
 def compare(output: pathlib.Path) -> int:
@@ -311,10 +347,7 @@ def main() -> None:
     random.seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     if not arguments.tokenizer:
-        from tests.conftest import write_tiny_world
-
-        world = write_tiny_world(arguments.output / "world")
-        arguments.tokenizer, arguments.dataset = os.fspath(world.tokenizer), os.fspath(world.captions)
+        arguments.tokenizer, arguments.dataset = tiny_world(arguments.output / "world")
     # All lives compile the same programs.
     for name, value in {
         "jax_platforms": "cpu",
