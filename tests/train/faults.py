@@ -4,9 +4,9 @@ Each life is a process forked from one that has imported everything but not star
 what a restart costs. It is killed by SIGKILL, at a random moment of a chosen phase. With more processes
 than one, one of them is killed and the others are ended a moment later, as a launcher does.
 
-Processes of one job must meet at their first collective within 30 s of gloo, and no setting was found that raises that. So
-they wait for each other, for longer, where they compile; a life that fails to meet nevertheless is lived
-again, and is not a kill.
+Processes of one job must meet at their first collective within gloo's 30 s, and no setting was found that
+raises them. So they wait for each other, for longer, where they compile; a life that fails to meet
+nevertheless is lived again, and is not a kill.
 
     python -m tests.train.faults --compare --processes=2 --kills=20 --seed=0 --output=/tmp/faults
 """
