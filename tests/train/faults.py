@@ -31,6 +31,7 @@ from jax._src import distributed as jax_distributed
 from ml_collections import ConfigDict
 
 from sg4v_jax import config as configs
+from sg4v_jax.convert import manifest
 from sg4v_jax.convert.orbax import CHECKPOINTS
 from sg4v_jax.parallel import distributed
 from sg4v_jax.train import loop
@@ -240,9 +241,11 @@ def torment(
     event: dict[str, Any] = {}
     while killed < kills:
         done = steps(workdir)
-        if len(done) > 1 and killed % 4 == 3 and not event:
+        # A kill within a deletion leaves half of an old checkpoint, to which there is no going back.
+        whole = [step for step in done if not manifest.problems(workdir / CHECKPOINTS / str(step))]
+        if len(whole) > 1 and killed % 4 == 3 and not event:
             kind = DAMAGES[killed // 4 % len(DAMAGES)]
-            event["damaged"] = f"{done[-1]}: " + damage(workdir / CHECKPOINTS / str(done[-1]), kind)
+            event["damaged"] = f"{whole[-1]}: " + damage(workdir / CHECKPOINTS / str(whole[-1]), kind)
         phase, count = random.choice(PHASES), random.choice((1, 2, 3))
         delay = random.uniform(0, {"start": 10, "step": 1, "save": 1.5}[phase] * scale)
         if done and done[-1] > STEPS - 6:
