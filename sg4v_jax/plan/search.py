@@ -94,7 +94,7 @@ def search(
 
 def _line(plan: Plan) -> str:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    return f"{plan.memory.peak / GIB:.2f} GiB, {verdict}, {1e3 * plan.roofline.expected:.0f} ms a step"
+    return f"{plan.memory.peak / GIB:.2f} GiB, {verdict}, {1e3 * plan.roofline.expected:.2f} ms a step"
 
 
 def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
