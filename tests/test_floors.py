@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sg4v_jax"
 
 # From the ground up. A file imports from its own floor or below.
 FLOORS = (
-    ("__init__", "version", "config"),
+    ("__init__", "version", "atomic", "config"),
     ("kernels", "parallel", "page"),
     ("models",),
     ("data", "world"),

@@ -27,9 +27,7 @@ def add(actions: Any) -> None:
 
 def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     """Runs `data show`."""
-    import pathlib
-
-    from sg4v_jax import config
+    from sg4v_jax import atomic, config
     from sg4v_jax.data import show
     from sg4v_jax.data.loader import Loader
     from sg4v_jax.data.tokenizer import Tokenizer
@@ -50,10 +48,6 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(show.to_text(batch, tokenizer, image_tokens, rows=arguments.rows, colour=colour), end="")
         return
-    path = pathlib.Path(arguments.html)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(
-        show.to_html(batch, tokenizer, image_tokens, f"{run_config.stage}, batch {arguments.batch}")
-    )
-    os.replace(temporary, path)
-    print(f"wrote {path}")
+    title = f"{run_config.stage}, batch {arguments.batch}"
+    atomic.write(arguments.html, show.to_html(batch, tokenizer, image_tokens, title))
+    print(f"wrote {arguments.html}")

@@ -80,8 +80,8 @@ def _write(path: str, text: str) -> None:
     """Writes a file as a whole, and says so."""
     import os
 
+    from sg4v_jax import atomic
+
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
+    atomic.write(path, text)
     print(path)

@@ -9,10 +9,11 @@ import hashlib
 import io
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
+
+from sg4v_jax import atomic
 
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece spells a space
 
@@ -174,27 +175,10 @@ def train_tokenizer(
         ) from error
     if failures:
         raise failures[0]
-    _write_atomically(path, model.getvalue())
+    atomic.write(path, model.getvalue())
     return Tokenizer(path)
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         yield from (line for line in text.splitlines() if line)
-
-
-def _write_atomically(path: pathlib.Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the permissions an ordinary new file gets.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from sg4v_jax import atomic
 from sg4v_jax.convert.orbax import FORMAT_VERSION, TOKENIZER, read_meta
 from sg4v_jax.data.loader import Counts, Loader, dropped
 from sg4v_jax.data.tokenizer import Tokenizer
@@ -143,24 +144,9 @@ def _meta(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer) -> dict[
 
 def _write_run_files(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    _write(workdir / "config.json", config.to_json_best_effort(indent=2).encode())
+    atomic.write(workdir / "config.json", config.to_json_best_effort(indent=2))
     if not (workdir / TOKENIZER).exists():
-        _write(workdir / TOKENIZER, pathlib.Path(tokenizer.path).read_bytes())
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    """The file appears whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        # A write that fails, for want of room, doesn't say where.
-        raise OSError(error.errno, f"{error.strerror}: make room there", os.fspath(path)) from error
+        atomic.write(workdir / TOKENIZER, pathlib.Path(tokenizer.path).read_bytes())
 
 
 def _log_counts(counts: Counts) -> None:

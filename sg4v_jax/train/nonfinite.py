@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from sg4v_jax import atomic
 from sg4v_jax.data.batch import Batch
 from sg4v_jax.data.loader import Loader
 
@@ -125,13 +126,10 @@ class NonFiniteSteps:
         # As strings: JSON has no NaN. Losses by kind are lists.
         about |= {name: np.asarray(value).astype(str).tolist() for name, value in step.metrics.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        with atomic.replacing(path) as file:
             arrays: dict[str, Any] = {key: _local(leaf) for key, leaf in vars(step.batch).items()}
             np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
-        temporary.write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(temporary, path.with_suffix(".json"))
+        atomic.write(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
         return path
 
 

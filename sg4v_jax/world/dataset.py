@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from sg4v_jax import atomic
 from sg4v_jax.world.describe import QA, SHORT_ANSWER, brief, dense, questions
 from sg4v_jax.world.photos import Photo, load_photos
 from sg4v_jax.world.render import render
@@ -294,11 +295,5 @@ def _write_json_lines(path: Path, rows: Iterable[Record]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic.write(path, content)

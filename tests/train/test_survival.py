@@ -239,14 +239,6 @@ def test_metrics_outlast_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.LogC
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
-def test_run_files_appear_whole(tmp_path: pathlib.Path) -> None:
-    loop._write(tmp_path / "config.json", b"{}")
-    with small_files(1000), pytest.raises(OSError, match=r"make room there.*config\.json"):
-        loop._write(tmp_path / "config.json", b"x" * 2000)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert (tmp_path / "config.json").read_bytes() == b"{}"
-
-
 # --- Steps that are not finite, and what reads a run ----------------------------------------------
 
 

@@ -189,7 +189,7 @@ def test_writing_again_gives_the_same_bytes_and_leaves_nothing_behind(written, t
 
     first, second = digests(written.image_root.parent), digests(tmp_path)
     assert first == second
-    assert not [name for name in second if name.endswith(".tmp")]
+    assert not [name for name in second if name.endswith(".partial")]
     assert len(second) == TRAIN + HELDOUT + 4 + 8
 
 
@@ -233,8 +233,8 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     def full(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr("sg4v_jax.world.dataset.os.replace", full)
+    monkeypatch.setattr("sg4v_jax.atomic.os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         write_world(tmp_path, seed=1, **arguments)
     assert files.sft_mix.read_bytes() == before
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.partial"))
