@@ -26,6 +26,7 @@ CORE = [
     "absl-py>=2.1",
     "numpy>=2.0,<3",
     "pillow>=11,<14",
+    "pyarrow>=18",
     "etils[epath]>=1.9",
     # tensorflow-datasets needs it on every Python but declares it only for <3.9.
     "importlib_resources>=6",
