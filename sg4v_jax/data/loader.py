@@ -5,26 +5,18 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import itertools
 import logging
 import math
-import multiprocessing
 import operator
-import os
-import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
-import numpy as np
-from absl import flags
 
 from sg4v_jax.data import packing
 from sg4v_jax.data.batch import Batch, from_rows, to_devices
+from sg4v_jax.data.elements import Elements, Positions
 from sg4v_jax.data.mixture import Replacement, Source
 from sg4v_jax.data.reader import Element, Reader
 from sg4v_jax.data.sample import SampleFormat
@@ -35,13 +27,6 @@ log = logging.getLogger(__name__)
 Counts = dict[str, dict[str, int]]
 USED = ("used", "replaced", "cut")
 """What the counts of a source say of records that were used; every other key is a reason why one was not."""
-
-# Grain's name for its processes.
-_WORKER_NAME = "grain-process-prefetch"
-_MAX_RESTARTS = 2
-# A worker has to import this library first.
-_START_FACTOR = 10
-_GRACE_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +180,9 @@ class BatchIterator(grain.DatasetIterator):
         self._config, self._reader, self._shard = config, reader, shard
         self._rows, self._sources = config.batch_size // shard[1], sorted(config.sources)
         self._budgets, self._window = _budgets(config), config.packing_window if config.packing else 1
-        self._elements: grain.DatasetIterator | None = None
+        self._elements: Elements | None = None
         self._waiting: list[Element] = []
-        self._dropped_in_a_row, self._starting = 0, False
+        self._dropped_in_a_row = 0
         self._reset(_first_state(reader, shard))
 
     def __next__(self) -> Batch:
@@ -270,60 +255,20 @@ class BatchIterator(grain.DatasetIterator):
         return row
 
     def _next_element(self) -> Element:
-        for restarts in itertools.count():
-            if self._elements is None:
-                self._elements = self._open()
-            try:
-                with self._watched():
-                    element = next(self._elements)
-                self._starting = False
-                break
-            except RuntimeError as error:
-                if "Worker process was terminated" not in str(error):
-                    raise
-                self._restart(error, restarts)
-        self._state["read"] += 1
-        # Out of the workers' shared memory, of which there may be little.
-        return jax.tree.map(_own, element) if self._config.num_workers else element
-
-    def _restart(self, error: RuntimeError, restarts: int) -> None:
-        """Ends the workers; new ones go on at the same element, so the order stays what it was."""
-        self._close_elements()
-        what = f"a data worker process died ({error.args[0].split('. ')[0]})"
-        if restarts >= _MAX_RESTARTS:
-            raise RuntimeError(
-                f"{what}, {restarts + 1} times at the same record. Was it out of memory, or is a file system "
-                "stuck? Try fewer data.num_workers or data.num_threads; the run resumes from its last "
-                "checkpoint"
-            ) from error
-        log.warning("%s; it is started again at the same record", what)
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Kills the workers if they bring nothing for too long; Grain then says that one died."""
-        if not self._config.num_workers:
-            yield
-            return
-        seconds = self._config.worker_timeout * (_START_FACTOR if self._starting else 1)
-        timer = threading.Timer(seconds, self._kill_workers, (seconds,))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _kill_workers(self, seconds: float) -> None:
-        workers = [
-            child for child in multiprocessing.active_children() if child.name.startswith(_WORKER_NAME)
-        ]
-        log.error(
-            "no record came from %d data workers for %.0f s (config.data.worker_timeout): they are killed",
-            len(workers),
-            seconds,
-        )
-        for worker in workers:
-            worker.kill()
+        config, state = self._config, self._state
+        if self._elements is None:
+            positions = Positions(state["leftover"], state["start"], self._shard)
+            self._elements = Elements(
+                self._reader,
+                positions,
+                state["read"],
+                num_threads=config.num_threads,
+                num_workers=config.num_workers,
+                worker_timeout=config.worker_timeout,
+            )
+        element = next(self._elements)
+        state["read"] += 1
+        return element
 
     def _drop(self, element: Element) -> None:
         if self._count(element, element["dropped"]) == 1:
@@ -348,67 +293,6 @@ class BatchIterator(grain.DatasetIterator):
                 log.warning("left out on resuming, though it was good before: %s", element["error"])
         self._waiting = [element for element in elements if "sample" in element]
         self._pending = []
-
-    def _open(self) -> grain.DatasetIterator:
-        """The elements from where the state says on."""
-        config, state, self._starting = self._config, self._state, True
-        samples = _Elements(self._reader, state["leftover"], state["start"], self._shard, state["read"])
-        buffer = max(2 * config.num_threads, 1)
-        elements = grain.MapDataset.source(samples).to_iter_dataset(
-            grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=buffer)
-        )
-        if config.num_workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which are not ours.
-            # Small arrays are cheaper to send than to share.
-            options = grain.experimental.DatasetOptions(min_shm_size=1 << 16)
-            elements = grain.experimental.WithOptionsIterDataset(elements, options).mp_prefetch(
-                grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=buffer),
-                worker_init_fn=_Worker(os.getpid()),
-            )
-        return iter(elements)
-
-
-class _Elements:
-    """What a process reads, from its `offset`-th position on: a random-access source as Grain wants it."""
-
-    def __init__(
-        self, reader: Reader, leftover: Sequence[int], start: int, shard: tuple[int, int], offset: int
-    ):
-        self._reader, self._leftover, self._start = reader, list(leftover), start
-        self._shard, self._offset = shard, offset
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __getitem__(self, i: int) -> Element:
-        index, count = self._shard
-        return self._reader(_position(self._leftover, self._start, index + (self._offset + i) * count))
-
-
-class _Worker:
-    """What a worker process does first: it must not outlive a loader that was killed."""
-
-    def __init__(self, parent: int):
-        self._parent = parent
-
-    def __call__(self, index: int, count: int) -> None:
-        # Ctrl-C and a notice of preemption may come to all processes of a job, and are the loader's to
-        # handle: it needs records until all hosts have stopped. No worker ever touches an accelerator.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._leave_later)
-        jax.config.update("jax_platforms", "cpu")
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _leave_later(self, number: int, frame: FrameType | None) -> None:
-        timer = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
-
-    def _watch(self) -> None:
-        while os.getppid() == self._parent:
-            time.sleep(0.5)
-        os._exit(1)
 
 
 def reshard(states: Sequence[dict[str, Any]], shard: tuple[int, int]) -> dict[str, Any]:
@@ -436,7 +320,8 @@ def reshard(states: Sequence[dict[str, Any]], shard: tuple[int, int]) -> dict[st
     unread = [n for i, state in enumerate(states) for n in range(i + state["read"] * count, end, count)]
     # All of `leftover` is dealt out anew, read or not.
     unread += range(end, len(first["leftover"]))
-    places = [_position(first["leftover"], first["start"], n) for n in unread]
+    positions = Positions(first["leftover"], first["start"])
+    places = [positions[n] for n in unread]
     pending = [position for state in states for position in state["pending"]]
     total: collections.defaultdict[str, collections.Counter[str]] = collections.defaultdict(
         collections.Counter
@@ -459,11 +344,6 @@ def dropped(counts: Counts) -> int:
     return sum(n for source in counts.values() for what, n in source.items() if what not in USED)
 
 
-def _position(leftover: Sequence[int], start: int, n: int) -> int:
-    """The n-th of the positions that all processes share."""
-    return leftover[n] if n < len(leftover) else start + n - len(leftover)
-
-
 def _first_state(reader: Reader, shard: tuple[int, int]) -> dict[str, Any]:
     order = {"order": reader.mixture.fingerprint, "shard": list(shard), "leftover": [], "start": 0}
     return order | {"read": 0, "pending": [], "counts": {}}
@@ -475,7 +355,3 @@ def _budgets(config: LoaderConfig) -> dict[str, int]:
 
 def _same(size: tuple[int, int]) -> tuple[int, int]:
     return size
-
-
-def _own(leaf: Any) -> Any:
-    return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf

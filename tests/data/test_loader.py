@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sg4v_jax.data.build import build, decode_example, open_dataset
+from sg4v_jax.data.elements import Elements
 from sg4v_jax.data.loader import BatchIterator, Loader, LoaderConfig, dropped, reshard
 from sg4v_jax.data.mixture import Replacement, Source
 from sg4v_jax.data.reader import Reader
@@ -458,12 +459,12 @@ def test_a_worker_that_always_dies_is_an_error(
     batches = iter(loader(tiny_world, **WORKERS))
     opened = []
 
-    def dying() -> Any:
+    def dying(elements: Elements) -> Any:
         opened.append(None)
         raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs")
         yield
 
-    monkeypatch.setattr(batches, "_open", dying)
+    monkeypatch.setattr(Elements, "_open", dying)
     with pytest.raises(RuntimeError, match=r"died .*exit code -9.*3 times .*fewer data\.num_workers"):
         next(batches)
     assert len(opened) == 3
