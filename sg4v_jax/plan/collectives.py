@@ -20,6 +20,7 @@ class Collective:
       runs: how often it runs in one step.
       bytes: its whole arrays in one run: what is gathered, reduced or scattered.
       members: positions in the mesh of the first group of devices that take part.
+      pairs: of a permute, all (source, target).
       hidden: whether the compiler runs it beside other work.
       where: the JAX operation it comes from.
     """
@@ -30,13 +31,19 @@ class Collective:
     members: tuple[int, ...]
     hidden: bool
     where: str
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def sent(self) -> float:
         """Bytes that each chip sends in a step, by the ring algorithm."""
-        share = (len(self.members) - 1) / len(self.members)
-        factor = {"all-reduce": 2 * share, "collective-permute": 1}.get(self.kind, share)
-        return self.runs * self.bytes * factor
+        if self.pairs:
+            return self.runs * self.bytes
+        return self.sent_in(len(self.members))
+
+    def sent_in(self, size: int) -> float:
+        """The same in a ring of so many, each of which has all of the bytes."""
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * self.runs * self.bytes * (size - 1) / size
 
 
 def collectives(module: Module) -> list[Collective]:
@@ -83,7 +90,15 @@ def _collective(line: Instruction, runs: int, hidden: bool, scattered: bool) -> 
         total *= len(members)
     where = re.search(r'op_name="([^"]*)"', line.attributes)
     kind = "reduce-scatter" if scattered else kind
-    return Collective(kind, runs, total, members, hidden, where[1] if where else "")
+    pairs = _pairs(line.attributes)
+    return Collective(kind, runs, total, members, hidden, where[1] if where else "", pairs)
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Sources and targets of a permute."""
+    found = re.search(r"source_target_pairs=(\{[\d,{} ]*\})", text)
+    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
+    return tuple((int(source), int(target)) for source, target in pairs)
 
 
 def _members(text: str) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
 """The least time a program can take on a slice, from what it computes and moves."""
 
+import collections
 import dataclasses
 
 from sg4v_jax.plan.collectives import Collective
-from sg4v_jax.plan.topology import Topology
+from sg4v_jax.plan.topology import Direction, Topology
 from sg4v_jax.plan.work import Work
 
 
@@ -15,13 +16,15 @@ class Roofline:
       products: matrix products, at the peak.
       kernels: Pallas kernels, from the cycles of their schedules.
       memory: traffic with HBM.
-      hidden: collectives that run beside other work.
-      exposed: collectives that nothing runs beside.
+      network: all collectives, on the links of the busiest direction: permutes of both ways around run at once.
+      hidden: those of them that run beside other work.
+      exposed: collectives that nothing runs beside, one after the other.
     """
 
     products: float
     kernels: float
     memory: float
+    network: float
     hidden: float
     exposed: float
 
@@ -32,7 +35,7 @@ class Roofline:
     @property
     def bound(self) -> float:
         """No run is faster: compute, memory and network overlap perfectly."""
-        return max(self.compute, self.memory, self.hidden + self.exposed)
+        return max(self.compute, self.memory, self.network)
 
     @property
     def expected(self) -> float:
@@ -42,7 +45,7 @@ class Roofline:
     @property
     def limit(self) -> str:
         """What the bound is made of."""
-        parts = {"compute": self.compute, "memory": self.memory, "network": self.hidden + self.exposed}
+        parts = {"compute": self.compute, "memory": self.memory, "network": self.network}
         return max(parts, key=lambda name: parts[name])
 
 
@@ -62,14 +65,33 @@ def roofline(
       collectives: of the program.
       kernel_seconds: that its Pallas kernels take.
     """
-    seconds = {True: 0.0, False: 0.0}
+    everything: collections.Counter[Direction] = collections.Counter()
+    hidden: collections.Counter[Direction] = collections.Counter()
+    exposed = 0.0
     for collective in collectives:
-        group = [coordinates[member] for member in collective.members]
-        seconds[collective.hidden] += collective.sent / topology.bandwidth(group)
+        seconds = _seconds(topology, coordinates, collective)
+        everything.update(seconds)
+        if collective.hidden:
+            hidden.update(seconds)
+        else:
+            exposed += max(seconds.values(), default=0.0)
     return Roofline(
         products=work.product_flops / topology.chip.flops,
         kernels=kernel_seconds,
         memory=work.hbm_bytes / topology.chip.hbm_bandwidth,
-        hidden=seconds[True],
-        exposed=seconds[False],
+        network=max(everything.values(), default=0.0),
+        hidden=max(hidden.values(), default=0.0),
+        exposed=exposed,
     )
+
+
+def _seconds(
+    topology: Topology, coordinates: list[tuple[int, ...]], collective: Collective
+) -> dict[Direction, float]:
+    """How long a collective keeps the links of each direction busy, in a step."""
+    if collective.pairs:
+        shares = topology.permuting([(coordinates[a], coordinates[b]) for a, b in collective.pairs])
+    else:
+        shares = topology.gathering([coordinates[member] for member in collective.members])
+    each = collective.sent / topology.chip.link_bandwidth
+    return {direction: each * share for direction, share in shares.items()}

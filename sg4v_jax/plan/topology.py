@@ -4,6 +4,7 @@
 are Google's published ones (cloud.google.com/tpu/docs, pages of each generation), per chip.
 """
 
+import collections
 import dataclasses
 import math
 import os
@@ -15,6 +16,9 @@ import jax
 from sg4v_jax.kernels.cycles.target import ENVIRONMENT
 
 GIB = 2**30
+
+# Of a link: the axis of the torus, and 1 or -1.
+Direction = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,22 +87,43 @@ class Topology:
             return all(size % 4 == 0 for size in self.grid)
         return self.grid[axis] == 16
 
-    def bandwidth(self, coordinates: Sequence[Sequence[int]]) -> float:
-        """Bytes/s that a chip of a group can send to the others of it.
+    def gathering(self, coordinates: Sequence[Sequence[int]]) -> dict[Direction, float]:
+        """The share of what a chip sends that goes each way, where a group gathers or reduces.
 
         Every axis that the group spans adds its links: two where they close a ring, one on a line, whose
-        ends have no second one.
+        ends have no second one and are what everybody waits for.
 
         Args:
           coordinates: of the group's chips in the torus.
         """
-        links = 0
-        for axis in range(min(len(self.grid), len(coordinates[0]))):
+        links = {}
+        for axis, size in enumerate(self.grid):
             extent = len({chip[axis] for chip in coordinates})
             if extent > 1:
-                ring = extent == self.grid[axis] and extent > 2 and self.wraps(axis)
-                links += 2 if ring else 1
-        return max(links, 1) * self.chip.link_bandwidth
+                links[axis] = 2 if extent == size > 2 and self.wraps(axis) else 1
+        ways = [(axis, sign) for axis in links or (0,) for sign in (1, -1)]
+        return dict.fromkeys(ways, 1 / max(sum(links.values()), 1))
+
+    def permuting(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[Direction, float]:
+        """How much of what a chip sends each link of a direction carries on average, when chips permute.
+
+        Everything takes the shortest way, half of it each way round where both are as long.
+
+        Args:
+          pairs: coordinates of all sources and targets.
+        """
+        hops: collections.Counter[Direction] = collections.Counter()
+        for axis, size in enumerate(self.grid):
+            for source, target in pairs:
+                steps = target[axis] - source[axis]
+                for sign, count in _hops(steps, size if self.wraps(axis) else 0).items():
+                    hops[axis, sign] += count
+        return {way: count / self._links(way[0]) for way, count in hops.items()}
+
+    def _links(self, axis: int) -> int:
+        """Links along an axis, in one direction."""
+        size = self.grid[axis]
+        return self.num_chips if self.wraps(axis) else self.num_chips * (size - 1) // size
 
     def devices(self) -> list[jax.Device]:
         """The compiler's devices, which can be compiled for and nothing else.
@@ -143,6 +168,17 @@ def parse(text: str) -> Topology:
     if rest or chips & (chips - 1) or not chips:
         raise ValueError(f"topology {text!r}: the number of chips is no power of two; give the grid")
     return Topology(chip, _grid(chips, chip.dims))
+
+
+def _hops(steps: int, ring: int) -> dict[int, int]:
+    """Links of each sign that lie on the way to a chip so many steps on, in a ring of so many (0: a line)."""
+    if ring:
+        steps %= ring
+        if 2 * steps == ring:
+            return {1: steps // 2, -1: steps // 2}
+        if 2 * steps > ring:
+            steps -= ring
+    return {1 if steps > 0 else -1: abs(steps)} if steps else {}
 
 
 def _grid(chips: int, dims: int) -> tuple[int, ...]:

@@ -85,8 +85,26 @@ def test_times_add_up() -> None:
     assert (found.hidden, found.exposed) == (pytest.approx(1.0), pytest.approx(0.25))
     assert found.bound == pytest.approx(1.25) and found.limit == "network"
     assert found.expected == pytest.approx(1.25)
+    assert found.network == pytest.approx(1.25)
     slower = dataclasses.replace(found, products=2.0)
     assert slower.bound == pytest.approx(2.1) and slower.expected == pytest.approx(2.35)
+
+
+def test_permutes_of_both_ways_around_run_at_once() -> None:
+    """A ring of 16 chips: each way has links of its own, so the second way costs no more time."""
+    ring = topology.parse("v5e:16x16")
+    coordinates = [(x, y) for x in range(16) for y in range(16)]
+    right = tuple((16 * x + y, 16 * x + (y + 1) % 16) for x in range(16) for y in range(16))
+    left = tuple((b, a) for a, b in right)
+    size = int(ring.chip.link_bandwidth)  # A second on one link.
+
+    def network(*ways: tuple[tuple[int, int], ...]) -> tuple[float, float]:
+        found = [Collective("collective-permute", 1, size, way[0], True, "", way) for way in ways]
+        times = roofline(ring, coordinates, Work(0.0, 0.0, {}), found, 0.0)
+        return times.bound, times.hidden
+
+    assert network(right) == network(right, left) == (pytest.approx(1), pytest.approx(1))
+    assert network(right, right) == (pytest.approx(2), pytest.approx(2))
 
 
 def test_the_page_shows_what_does_not_fit() -> None:

@@ -44,13 +44,27 @@ def test_errors(name: str, message: str) -> None:
 def test_links_by_rings_and_lines() -> None:
     """Two links where a ring closes, one on a line; every axis that is spanned adds its own."""
     small, large = topology.parse("v5e:8x8"), topology.parse("v5e:16x16")
-    link = small.chip.link_bandwidth
     everybody = {s.name: list(itertools.product(*map(range, s.grid))) for s in (small, large)}
-    assert link == 200e9 / 4
-    assert small.bandwidth(everybody["v5e:8x8"]) == 2 * link
-    assert large.bandwidth(everybody["v5e:16x16"]) == 4 * link
-    assert large.bandwidth([(0, y) for y in range(16)]) == 2 * link
-    assert large.bandwidth([(0, y) for y in range(4)]) == link
+    assert small.chip.link_bandwidth == 200e9 / 4
+    both = [(axis, sign) for axis in (0, 1) for sign in (1, -1)]
+    assert small.gathering(everybody["v5e:8x8"]) == dict.fromkeys(both, 1 / 2)
+    assert large.gathering(everybody["v5e:16x16"]) == dict.fromkeys(both, 1 / 4)
+    assert large.gathering([(0, y) for y in range(16)]) == {(1, 1): 1 / 2, (1, -1): 1 / 2}
+    assert large.gathering([(0, y) for y in range(4)]) == {(1, 1): 1, (1, -1): 1}
     cube = topology.parse("v5p:4x4x4")
-    assert cube.bandwidth([(x, y, 0) for x in range(4) for y in range(4)]) == 4 * cube.chip.link_bandwidth
+    assert set(cube.gathering([(x, y, 0) for x in range(4) for y in range(4)]).values()) == {1 / 4}
     assert not topology.parse("v5p:2x2x4").wraps(2)
+
+
+def test_a_permute_takes_one_direction() -> None:
+    """On a closed ring every chip's link is used once; on a line the last chip's part goes all the way back."""
+    ring, line = topology.parse("v5e:16x16"), topology.parse("v5e:8x8")
+    around = {s: [((x, y), (x, (y + 1) % s.grid[1])) for x in range(s.grid[0]) for y in range(s.grid[1])]
+              for s in (ring, line)}  # fmt: skip
+    assert ring.permuting(around[ring]) == {(1, 1): 1}
+    assert ring.permuting([(b, a) for a, b in around[ring]]) == {(1, -1): 1}
+    assert line.permuting(around[line]) == {(1, 1): 1, (1, -1): 1}
+    # Opposite chips of a ring reach each other both ways round: eight links, half of the bytes on each.
+    across = [((x, y), ((x + 8) % 16, y)) for x in range(16) for y in range(16)]
+    assert ring.permuting(across) == {(0, 1): 4, (0, -1): 4}
+    assert ring.permuting([((0, 0), (0, 0))]) == {}
