@@ -1,7 +1,9 @@
 """TPU generations, slices, and the compiler's description of them.
 
-`libtpu` compiles for a slice it has never seen (`jax.experimental.topologies`). Peaks and bandwidths
-are Google's published ones (cloud.google.com/tpu/docs, pages of each generation), per chip.
+`libtpu` compiles for slices it has never seen (`jax.experimental.topologies`). Peaks and bandwidths
+are Google's published ones (cloud.google.com/tpu/docs, pages of each generation), per chip; those of the
+data-centre network are a host's cards shared by its chips, of which v4 and v5p have four to a host
+(jax-ml.github.io/scaling-book, "TPUs").
 """
 
 import collections
@@ -10,10 +12,12 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from sg4v_jax.kernels.cycles.target import ENVIRONMENT
+from sg4v_jax.parallel.peaks import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -31,6 +35,7 @@ class Chip:
       flops: bfloat16 FLOP/s of a chip.
       hbm_bandwidth: bytes/s between a chip and its memory.
       ici_bandwidth: bytes/s that a chip sends to its neighbours, over all links.
+      dcn_bandwidth: bytes/s that a chip sends to other slices, its part of what the host's cards do.
       dims: of the torus, 2 or 3.
       cores: TensorCores of a chip; the suffix of an accelerator type counts these on v4 and v5p.
     """
@@ -40,6 +45,7 @@ class Chip:
     flops: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    dcn_bandwidth: float
     dims: int
     cores: int
 
@@ -52,34 +58,37 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), 275e12, 1228e9, 300e9, 3, 2),
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, 2, 1),
-        Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 600e9, 3, 2),
-        Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 400e9, 2, 1),
+        Chip("v4", int(30.75 * GIB), PEAK_FLOPS["TPU v4"], 1228e9, 300e9, 6.25e9, 3, 2),
+        Chip("v5e", int(15.75 * GIB), PEAK_FLOPS["TPU v5e"], 819e9, 200e9, 3.125e9, 2, 1),
+        Chip("v5p", int(95.73 * GIB), PEAK_FLOPS["TPU v5"], 2765e9, 600e9, 6.25e9, 3, 2),
+        Chip("v6e", int(31.24 * GIB), PEAK_FLOPS["TPU v6"], 1638e9, 400e9, 12.5e9, 2, 1),
     )
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: a generation and its grid of chips.
+    """A slice, or several alike: a generation, its grid of chips, and how many there are.
 
     Attributes:
       chip: its generation.
-      grid: chips along each dimension of the torus.
+      grid: chips of a slice along each dimension of its torus.
+      slices: that the data-centre network joins.
     """
 
     chip: Chip
     grid: tuple[int, ...]
+    slices: int = 1
 
     @property
     def num_chips(self) -> int:
-        return math.prod(self.grid)
+        return self.slices * math.prod(self.grid)
 
     @property
     def name(self) -> str:
-        """As the compiler calls it: `v5e:8x8`."""
-        return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
+        """`v5e:8x8`, as the compiler calls a slice; `2xv5e:8x8` for two of them."""
+        several = f"{self.slices}x" if self.slices > 1 else ""
+        return f"{several}{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
     def wraps(self, axis: int) -> bool:
         """Whether the ends of an axis are linked: whole cubes of 4x4x4, or 16 chips on v5e and v6e."""
@@ -121,9 +130,9 @@ class Topology:
         return {way: count / self._links(way[0]) for way, count in hops.items()}
 
     def _links(self, axis: int) -> int:
-        """Links along an axis, in one direction."""
-        size = self.grid[axis]
-        return self.num_chips if self.wraps(axis) else self.num_chips * (size - 1) // size
+        """Links of a slice along an axis, in one direction."""
+        size, chips = self.grid[axis], math.prod(self.grid)
+        return chips if self.wraps(axis) else chips * (size - 1) // size
 
     def devices(self) -> list[jax.Device]:
         """The compiler's devices, which can be compiled for and nothing else.
@@ -138,9 +147,12 @@ class Topology:
         from jax.experimental import topologies
 
         # One device to a chip, as on real slices: v4 and v5p have two cores that work as one.
-        options = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        options: dict[str, Any] = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        if self.slices > 1:
+            options["num_slices"] = self.slices
+        name = dataclasses.replace(self, slices=1).name
         try:
-            description = topologies.get_topology_desc(self.name, platform="tpu", **options)
+            description = topologies.get_topology_desc(name, platform="tpu", **options)
         except Exception as error:  # Whatever the plug-in raises, which differs between versions.
             if "libtpu" in str(error) or "Unable to initialize" in str(error):
                 raise RuntimeError(f"no TPU compiler: pip install libtpu ({error})") from error
@@ -149,25 +161,25 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """A topology from `v5e:8x8`, or from an accelerator type like `v5p-128`.
+    """A topology from `v5e:8x8`, or from an accelerator type like `v5p-128`; `2xv5e-64` are two slices.
 
     Raises:
       ValueError: naming what is known.
     """
-    found = re.fullmatch(r"(v\w+?)(?::(\d+(?:x\d+)+)|-(\d+))", text)
-    if not found or found[1].replace("litepod", "e") not in CHIPS:
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(v\w+?)(?::(\d+(?:x\d+)+)|-(\d+))", text)
+    if not found or found[2].replace("litepod", "e") not in CHIPS:
         known = ", ".join(CHIPS)
         raise ValueError(f"topology {text!r} is neither like v5e:8x8 nor like v5p-128, of {known}")
-    chip = CHIPS[found[1].replace("litepod", "e")]
-    if found[2]:
-        grid = tuple(map(int, found[2].split("x")))
+    chip, slices = CHIPS[found[2].replace("litepod", "e")], int(found[1] or 1)
+    if found[3]:
+        grid = tuple(map(int, found[3].split("x")))
         if len(grid) != chip.dims:
             raise ValueError(f"topology {text!r}: {chip.name} has {chip.dims} dimensions")
-        return Topology(chip, grid)
-    chips, rest = divmod(int(found[3]), chip.cores)
+        return Topology(chip, grid, slices)
+    chips, rest = divmod(int(found[4]), chip.cores)
     if rest or chips & (chips - 1) or not chips:
         raise ValueError(f"topology {text!r}: the number of chips is no power of two; give the grid")
-    return Topology(chip, _grid(chips, chip.dims))
+    return Topology(chip, _grid(chips, chip.dims), slices)
 
 
 def _hops(steps: int, ring: int) -> dict[int, int]:

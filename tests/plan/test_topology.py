@@ -13,10 +13,12 @@ from sg4v_jax.plan import topology
     [
         ("v5e:8x8", "v5e:8x8"), ("v5litepod-64", "v5e:8x8"), ("v5e-32", "v5e:4x8"), ("v4-32", "v4:2x2x4"),
         ("v5p-128", "v5p:4x4x4"), ("v5p-32", "v5p:2x2x4"), ("v6e-256", "v6e:16x16"), ("v4-64", "v4:2x4x4"),
+        ("2xv5e-64", "2xv5e:8x8"), ("4xv5p:2x2x4", "4xv5p:2x2x4"), ("1xv5e-64", "v5e:8x8"),
     ],
 )  # fmt: skip
 def test_names(name: str, found: str) -> None:
     assert topology.parse(name).name == found
+    assert topology.parse("2xv5e-64").num_chips == 2 * topology.parse("v5e-64").num_chips == 128
 
 
 @pytest.mark.parametrize("generation", ["v4", "v5e", "v5p", "v6e"])
@@ -32,7 +34,7 @@ def test_slices_are_those_that_launch_creates(generation: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v7-8", "neither like v5e:8x8"), ("v5e:2x2x2", "v5e has 2 dimensions"), ("v4-7", "no power of two"),
+        ("0xv5e-64", "neither like v5e:8x8"), ("v7-8", "neither like v5e:8x8"), ("v5e:2x2x2", "v5e has 2 dimensions"), ("v4-7", "no power of two"),
         ("", "neither like"),
     ],
 )  # fmt: skip
