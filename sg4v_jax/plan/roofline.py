@@ -2,10 +2,23 @@
 
 import collections
 import dataclasses
+from typing import NamedTuple
 
 from sg4v_jax.plan.collectives import Collective
 from sg4v_jax.plan.topology import Direction, Topology
 from sg4v_jax.plan.work import Work
+
+
+class Place(NamedTuple):
+    """Where a device is.
+
+    Attributes:
+      slice: its number.
+      coordinates: in the torus of the slice.
+    """
+
+    slice: int
+    coordinates: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,11 +27,14 @@ class Roofline:
 
     Attributes:
       products: matrix products, at the peak.
-      kernels: Pallas kernels, from the cycles of their schedules.
-      memory: traffic with HBM.
-      network: all collectives, on the links of the busiest direction: permutes of both ways around run at once.
+      kernels: Pallas kernels that compute, from the cycles of their schedules.
+      memory: traffic with HBM, that of the decoding kernel with its cache included.
+      network: all collectives, on the links of the busiest direction inside slices: permutes of both ways
+        around run at once.
       hidden: those of them that run beside other work.
-      exposed: collectives that nothing runs beside, one after the other.
+      exposed: those that nothing runs beside, one after the other.
+      slices: what crosses from slice to slice.
+      between_slices: bytes of it that a chip sends.
     """
 
     products: float
@@ -27,6 +43,8 @@ class Roofline:
     network: float
     hidden: float
     exposed: float
+    slices: float
+    between_slices: float
 
     @property
     def compute(self) -> float:
@@ -34,64 +52,87 @@ class Roofline:
 
     @property
     def bound(self) -> float:
-        """No run is faster: compute, memory and network overlap perfectly."""
-        return max(self.compute, self.memory, self.network)
+        """No run is faster: compute, memory and the networks overlap perfectly."""
+        return max(self._parts.values())
 
     @property
     def expected(self) -> float:
         """The same, where collectives that the compiler left alone wait for nothing else."""
-        return max(self.compute, self.memory, self.hidden) + self.exposed
+        return max(self.compute, self.memory, self.hidden, self.slices) + self.exposed
 
     @property
     def limit(self) -> str:
         """What the bound is made of."""
-        parts = {"compute": self.compute, "memory": self.memory, "network": self.network}
-        return max(parts, key=lambda name: parts[name])
+        return max(self._parts, key=lambda name: self._parts[name])
+
+    @property
+    def _parts(self) -> dict[str, float]:
+        return {
+            "compute": self.compute,
+            "memory": self.memory,
+            "network": self.network,
+            "network between slices": self.slices,
+        }
 
 
 def roofline(
     topology: Topology,
-    coordinates: list[tuple[int, ...]],
+    places: list[Place],
     work: Work,
     collectives: list[Collective],
-    kernel_seconds: float,
+    kernel_seconds: dict[str, float],
 ) -> Roofline:
-    """Times of a program on a slice.
+    """Times of a program on a slice, or on several.
 
     Args:
       topology: the slice.
-      coordinates: in the torus, of every device of the mesh.
+      places: of every device of the mesh.
       work: of one chip; see `work.work`.
       collectives: of the program.
-      kernel_seconds: that its Pallas kernels take.
+      kernel_seconds: that its Pallas kernels take, by name.
     """
     everything: collections.Counter[Direction] = collections.Counter()
     hidden: collections.Counter[Direction] = collections.Counter()
-    exposed = 0.0
+    exposed = between = 0.0
     for collective in collectives:
-        seconds = _seconds(topology, coordinates, collective)
+        seconds = _seconds(topology, places, collective)
         everything.update(seconds)
+        between += _between(places, collective)
         if collective.hidden:
             hidden.update(seconds)
         else:
             exposed += max(seconds.values(), default=0.0)
+    memory = work.hbm_bytes / topology.chip.hbm_bandwidth
     return Roofline(
         products=work.product_flops / topology.chip.flops,
-        kernels=kernel_seconds,
-        memory=work.hbm_bytes / topology.chip.hbm_bandwidth,
+        kernels=sum(time for name, time in kernel_seconds.items() if name != "decode"),
+        memory=memory + kernel_seconds.get("decode", 0.0),
         network=max(everything.values(), default=0.0),
         hidden=max(hidden.values(), default=0.0),
         exposed=exposed,
+        slices=between / topology.chip.dcn_bandwidth,
+        between_slices=between,
     )
 
 
-def _seconds(
-    topology: Topology, coordinates: list[tuple[int, ...]], collective: Collective
-) -> dict[Direction, float]:
-    """How long a collective keeps the links of each direction busy, in a step."""
+def _seconds(topology: Topology, places: list[Place], collective: Collective) -> dict[Direction, float]:
+    """How long a collective keeps the links of each direction busy, in a step, inside slices."""
     if collective.pairs:
-        shares = topology.permuting([(coordinates[a], coordinates[b]) for a, b in collective.pairs])
+        inside = [(places[a], places[b]) for a, b in collective.pairs if places[a].slice == places[b].slice]
+        pairs = [(a.coordinates, b.coordinates) for a, b in inside]
+        sent, shares = collective.sent, topology.permuting(pairs)
     else:
-        shares = topology.gathering([coordinates[member] for member in collective.members])
-    each = collective.sent / topology.chip.link_bandwidth
+        group = [places[member] for member in collective.members]
+        near = [place.coordinates for place in group if place.slice == group[0].slice]
+        sent, shares = collective.sent_in(len(near)), topology.gathering(near)
+    each = sent / topology.chip.link_bandwidth
     return {direction: each * share for direction, share in shares.items()}
+
+
+def _between(places: list[Place], collective: Collective) -> float:
+    """Bytes that a chip sends to other slices: in each, every chip of the group has a part of the array."""
+    if collective.pairs:
+        away = [places[a].slice != places[b].slice for a, b in collective.pairs]
+        return collective.sent * sum(away) / len(away)
+    slices = {places[member].slice for member in collective.members}
+    return collective.sent_in(len(slices)) * len(slices) / len(collective.members)
