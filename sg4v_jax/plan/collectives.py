@@ -19,10 +19,12 @@ class Collective:
       kind: of `KINDS`.
       runs: how often it runs in one step.
       bytes: its whole arrays in one run: what is gathered, reduced or scattered.
-      members: positions in the mesh of the first group of devices that take part.
-      pairs: of a permute, all (source, target).
+      members: positions in the mesh, inside a slice, of the first group of devices that take part.
       hidden: whether the compiler runs it beside other work.
       where: the JAX operation it comes from.
+      pairs: of a permute, all (source, target).
+      between_slices: whether each chip does it with those in its place in the other slices, by hosts and
+        their network; only `sent_in` makes sense of it then.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class Collective:
     hidden: bool
     where: str
     pairs: tuple[tuple[int, int], ...] = ()
+    between_slices: bool = False
 
     @property
     def sent(self) -> float:
@@ -64,7 +67,7 @@ def collectives(module: Module) -> list[Collective]:
 def _inside(module: Module, line: Instruction) -> Iterator[tuple[Instruction, bool]]:
     """The collectives that one instruction runs, and whether it hides them."""
     kind = line.opcode.removesuffix("-start")
-    if kind in KINDS:
+    if kind in KINDS or _megascale(line):
         yield line, line.opcode.endswith("-start")
     elif line.opcode in ("fusion", "custom-call", "async-start"):
         named = (line.name, *line.called())
@@ -73,6 +76,12 @@ def _inside(module: Module, line: Instruction) -> Iterator[tuple[Instruction, bo
             for inner in module.computations.get(called, ()):
                 for collective, _ in _inside(module, inner):
                     yield collective, hidden
+
+
+def _megascale(line: Instruction) -> str:
+    """The kind of a collective between slices: the compiler writes it as a transfer to the host and back."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
+    return found[1].lower().replace("_", "-") if found and line.opcode == "send" else ""
 
 
 def _scatters(line: Instruction) -> bool:
@@ -89,6 +98,8 @@ def _collective(line: Instruction, runs: int, hidden: bool, scattered: bool) -> 
     if kind == "reduce-scatter":
         total *= len(members)
     where = re.search(r'op_name="([^"]*)"', line.attributes)
+    if between := _megascale(line):
+        return Collective(between, runs, sizes[0], (0,), True, where[1] if where else "", between_slices=True)
     kind = "reduce-scatter" if scattered else kind
     pairs = _pairs(line.attributes)
     return Collective(kind, runs, total, members, hidden, where[1] if where else "", pairs)

@@ -12,7 +12,7 @@ from sg4v_jax.plan.collectives import Collective, collectives
 from sg4v_jax.plan.flops import infer_flops, train_flops
 from sg4v_jax.plan.memory import Memory
 from sg4v_jax.plan.programs import Program, Serving, compile_serving, compile_train
-from sg4v_jax.plan.roofline import Place, Roofline, roofline
+from sg4v_jax.plan.roofline import Roofline, roofline
 from sg4v_jax.plan.topology import Topology
 from sg4v_jax.plan.work import Work, work
 
@@ -110,9 +110,11 @@ class Plan:
 
 
 def summary(found: list[Collective]) -> dict[str, dict[str, float]]:
-    """By kind: how many run in a step, bytes that a chip sends, and how many of these are hidden."""
+    """Inside slices, by kind: how many run in a step, bytes that a chip sends, and those that are hidden."""
     kinds: dict[str, dict[str, float]] = {}
     for collective in found:
+        if collective.between_slices:
+            continue
         kind = kinds.setdefault(collective.kind, {"count": 0, "sent": 0.0, "hidden": 0.0})
         kind["count"] += collective.runs
         kind["sent"] += collective.sent
@@ -214,7 +216,9 @@ def _plan(
         for name, runs in done.kernels.items()
         if name.split("_")[0] in share
     }
-    places = [Place(getattr(d, "slice_index", 0), tuple(d.coords)) for d in program.mesh.devices.flat]
+    # Slices are the outermost axis, and groups of devices are named inside of one.
+    inside = program.mesh.devices.flat[: topology.num_chips // topology.slices]
+    coordinates = [tuple(device.coords) for device in inside]
     return Plan(
         step=step,
         topology=topology,
@@ -223,7 +227,7 @@ def _plan(
         arguments=program.arguments,
         work=done,
         collectives=found,
-        roofline=roofline(topology, places, done, found, busy),
+        roofline=roofline(topology, coordinates, done, found, busy),
         model_flops=model_flops,
         host_bytes=program.arguments.get("batch", 0) * parts + program.arguments.get("prompts", 0),
         unknown_loops=module.unknown_loops(),

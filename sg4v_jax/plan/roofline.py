@@ -2,23 +2,10 @@
 
 import collections
 import dataclasses
-from typing import NamedTuple
 
 from sg4v_jax.plan.collectives import Collective
 from sg4v_jax.plan.topology import Direction, Topology
 from sg4v_jax.plan.work import Work
-
-
-class Place(NamedTuple):
-    """Where a device is.
-
-    Attributes:
-      slice: its number.
-      coordinates: in the torus of the slice.
-    """
-
-    slice: int
-    coordinates: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +64,7 @@ class Roofline:
 
 def roofline(
     topology: Topology,
-    places: list[Place],
+    coordinates: list[tuple[int, ...]],
     work: Work,
     collectives: list[Collective],
     kernel_seconds: dict[str, float],
@@ -86,7 +73,7 @@ def roofline(
 
     Args:
       topology: the slice.
-      places: of every device of the mesh.
+      coordinates: in the torus, of every device of a slice, in the mesh's order.
       work: of one chip; see `work.work`.
       collectives: of the program.
       kernel_seconds: that its Pallas kernels take, by name.
@@ -95,9 +82,11 @@ def roofline(
     hidden: collections.Counter[Direction] = collections.Counter()
     exposed = between = 0.0
     for collective in collectives:
-        seconds = _seconds(topology, places, collective)
+        if collective.between_slices:
+            between += collective.sent_in(topology.slices)
+            continue
+        seconds = _seconds(topology, coordinates, collective)
         everything.update(seconds)
-        between += _between(places, collective)
         if collective.hidden:
             hidden.update(seconds)
         else:
@@ -115,24 +104,13 @@ def roofline(
     )
 
 
-def _seconds(topology: Topology, places: list[Place], collective: Collective) -> dict[Direction, float]:
-    """How long a collective keeps the links of each direction busy, in a step, inside slices."""
+def _seconds(
+    topology: Topology, coordinates: list[tuple[int, ...]], collective: Collective
+) -> dict[Direction, float]:
+    """How long a collective keeps the links of each direction busy, in a step."""
     if collective.pairs:
-        inside = [(places[a], places[b]) for a, b in collective.pairs if places[a].slice == places[b].slice]
-        pairs = [(a.coordinates, b.coordinates) for a, b in inside]
-        sent, shares = collective.sent, topology.permuting(pairs)
+        shares = topology.permuting([(coordinates[a], coordinates[b]) for a, b in collective.pairs])
     else:
-        group = [places[member] for member in collective.members]
-        near = [place.coordinates for place in group if place.slice == group[0].slice]
-        sent, shares = collective.sent_in(len(near)), topology.gathering(near)
-    each = sent / topology.chip.link_bandwidth
+        shares = topology.gathering([coordinates[member] for member in collective.members])
+    each = collective.sent / topology.chip.link_bandwidth
     return {direction: each * share for direction, share in shares.items()}
-
-
-def _between(places: list[Place], collective: Collective) -> float:
-    """Bytes that a chip sends to other slices: in each, every chip of the group has a part of the array."""
-    if collective.pairs:
-        away = [places[a].slice != places[b].slice for a, b in collective.pairs]
-        return collective.sent * sum(away) / len(away)
-    slices = {places[member].slice for member in collective.members}
-    return collective.sent_in(len(slices)) * len(slices) / len(collective.members)

@@ -12,7 +12,7 @@ from sg4v_jax.plan import report, search, topology
 from sg4v_jax.plan.collectives import Collective
 from sg4v_jax.plan.memory import Memory, OutOfMemory
 from sg4v_jax.plan.plan import Plan
-from sg4v_jax.plan.roofline import Place, roofline
+from sg4v_jax.plan.roofline import roofline
 from sg4v_jax.plan.topology import GIB
 from sg4v_jax.plan.work import Work
 
@@ -23,12 +23,12 @@ def made_up(config: ConfigDict, gib: float, seconds: float) -> Plan:
     """Of so much memory, and products that take so long."""
     work = Work(product_flops=seconds * SLICE.chip.flops, hbm_bytes=1e9, kernels={})
     found = [Collective("all-gather", 32, 2**20, (0, 1), True, "")]
-    places = [Place(0, (x, y)) for x in range(8) for y in range(8)]
+    coordinates = [(x, y) for x in range(8) for y in range(8)]
     return Plan(
         step="train", topology=SLICE, mesh={"data": 1, "fsdp": 64, "tensor": 1}, rows=64, tokens=64 * 3072,
         remat=config.train.remat, memory=Memory(GIB, GIB, GIB, int(gib * GIB) - GIB, 0),
         arguments={"batch": GIB}, work=work, collectives=found, model_flops=1e15,
-        roofline=roofline(SLICE, places, work, found, {}), host_bytes=0,
+        roofline=roofline(SLICE, coordinates, work, found, {}), host_bytes=0,
         unknown_loops=[], compile_seconds=1.0, hlo="",
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_times_add_up() -> None:
     pair = {"members": (0, 1), "runs": 1, "where": ""}
     hidden = Collective("all-gather", bytes=int(2 * link), hidden=True, **pair)
     exposed = Collective("all-reduce", bytes=int(0.25 * link), hidden=False, **pair)
-    found = roofline(SLICE, [Place(0, (0, 0)), Place(0, (0, 1))], work, [hidden, exposed], {"flash_forward": 0.1})
+    found = roofline(SLICE, [(0, 0), (0, 1)], work, [hidden, exposed], {"flash_forward": 0.1})
     assert found.compute == pytest.approx(0.6)
     assert (found.hidden, found.exposed) == (pytest.approx(1.0), pytest.approx(0.25))
     assert found.bound == pytest.approx(1.25) and found.limit == "network"
@@ -93,14 +93,14 @@ def test_times_add_up() -> None:
 def test_permutes_of_both_ways_around_run_at_once() -> None:
     """A ring of 16 chips: each way has links of its own, so the second way costs no more time."""
     ring = topology.parse("v5e:16x16")
-    places = [Place(0, (x, y)) for x in range(16) for y in range(16)]
+    coordinates = [(x, y) for x in range(16) for y in range(16)]
     right = tuple((16 * x + y, 16 * x + (y + 1) % 16) for x in range(16) for y in range(16))
     left = tuple((b, a) for a, b in right)
     size = int(ring.chip.link_bandwidth)  # A second on one link.
 
     def network(*ways: tuple[tuple[int, int], ...]) -> tuple[float, float]:
         found = [Collective("collective-permute", 1, size, way[0], True, "", way) for way in ways]
-        times = roofline(ring, places, Work(0.0, 0.0, {}), found, {})
+        times = roofline(ring, coordinates, Work(0.0, 0.0, {}), found, {})
         return times.bound, times.hidden
 
     assert network(right) == network(right, left) == (pytest.approx(1), pytest.approx(1))
@@ -108,21 +108,17 @@ def test_permutes_of_both_ways_around_run_at_once() -> None:
 
 
 def test_what_crosses_between_slices_is_counted_apart() -> None:
-    """Of an all-reduce over two slices of two chips: each chip sends its half of the array to the other slice."""
+    """An all-reduce of two slices: each chip sends half of the array to be added up, and half of the sum."""
     two = topology.parse("2xv5e:2x2")
-    places = [Place(0, (0, 0)), Place(0, (0, 1)), Place(1, (0, 0)), Place(1, (0, 1))]
     size = int(two.chip.dcn_bandwidth)
-    found = Collective("all-reduce", 1, size, (0, 1, 2, 3), False, "")
-    times = roofline(two, places, Work(0.0, 0.0, {}), [found], {})
-    assert times.between_slices == pytest.approx(size / 2) and times.slices == pytest.approx(0.5)
-    assert times.network == pytest.approx(size / two.chip.link_bandwidth)
-    assert times.limit == "network between slices"
-    inside = dataclasses.replace(found, members=(0, 1))
-    assert roofline(two, places, Work(0.0, 0.0, {}), [inside], {}).slices == 0
+    found = Collective("all-reduce", 1, size, (0,), True, "", between_slices=True)
+    times = roofline(two, [(0, 0)], Work(0.0, 0.0, {}), [found], {})
+    assert (times.between_slices, times.slices, times.network) == (size, pytest.approx(1), 0)
+    assert times.limit == "network between slices" and times.bound == times.expected == times.slices
 
 
 def test_a_cache_is_read_at_the_memory_s_speed() -> None:
-    times = roofline(SLICE, [Place(0, (0, 0))], Work(0.0, 0.0, {}), [], {"decode": 0.2, "flash_forward": 0.1})
+    times = roofline(SLICE, [(0, 0)], Work(0.0, 0.0, {}), [], {"decode": 0.2, "flash_forward": 0.1})
     assert (times.memory, times.compute, times.limit) == (0.2, 0.1, "memory")
 
 
