@@ -1,10 +1,10 @@
 """Rows, mesh and remat policy for each TPU slice: the second part of a config's argument, `7b,v5e-64`.
 
-The batch stays the paper's on any slice. As far as there are rows, each chip has its own; `fsdp` goes over 32
-chips at most, since from 64 on the compiler lets nothing run beside the reduction of gradients, and `data` over
-the rest of the rows. Where chips are more than rows, rows are halved, with their image slots, as long as the
-longest sample fits into one. Only what is left is `tensor`, which costs more. The remat policies keep what leaves
-some room in the chip's memory. docs/plan.md has the figures behind all this; `sg4v plan --search` looks for others.
+The batch stays the paper's on any slice. As far as there are rows, each chip has its own: `fsdp` goes over
+32 chips at most (of 64, gradients take longer to reduce, and nothing runs beside it), `data` over the rest.
+Where there are more chips than rows, rows are halved, with their image slots, as long as the longest sample
+fits into one. Only what is left is `tensor`, which costs more. The remat policies keep what leaves some room
+in the chip's memory. docs/plan.md has the figures; `sg4v plan --search` looks for other settings.
 """
 
 import difflib

@@ -48,7 +48,7 @@ def test_no_config_drifts_unseen() -> None:
 
 
 def test_every_slice_has_its_mesh() -> None:
-    """`7b,v5e-64` is the config of the size with other rows, mesh and remat policy, which divide the slice."""
+    """`7b,v5e-64` is the size's config with other rows, mesh and remat policy, which divide the slice."""
     for name, size, pod in itertools.product(FILES, ("7b", "13b"), pods.PODS):
         plain, placed = (configs.load(f"configs/{name}:{arg}") for arg in (size, f"{size},{pod}"))
         mesh, data = placed.mesh, placed.data

@@ -17,8 +17,12 @@ def add(commands: Any) -> None:
         "  sg4v plan --config=configs/pretrain.py:7b --topology=v5e:8x8 --output plan.html",
         takes_config=True,
     )
-    parser.add_argument("--topology", required=True, help="v5e:8x8, v4:2x2x4, or as gcloud says: v5p-32; 2xv5e-64: two slices")
-    parser.add_argument("--steps", default="train", help="of train, prefill, insert, decode; caption: all but train")
+    parser.add_argument(
+        "--topology", required=True, help="v5e:8x8, v4:2x2x4, or as gcloud says: v5p-32; 2xv5e-64: two slices"
+    )
+    parser.add_argument(
+        "--steps", default="train", help="of train, prefill, insert, decode; caption: all but train"
+    )
     parser.add_argument("--slots", type=int, help="prompts decoded at a time [8 for each part of the batch]")
     parser.add_argument("--prompt", type=int, default=704, help="positions of a prompt with its image")
     parser.add_argument("--answer", type=int, default=256, help="tokens of an answer")

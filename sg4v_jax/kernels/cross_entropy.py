@@ -58,7 +58,9 @@ def chunked_cross_entropy(
     return losses, counts & (found == targets[..., 0, 0])
 
 
-def _cut(x: Shaped[Array, "rows columns"], chunk: int, filling: int) -> Shaped[Array, "chunks rows ways inner"]:
+def _cut(
+    x: Shaped[Array, "rows columns"], chunk: int, filling: int
+) -> Shaped[Array, "chunks rows ways inner"]:
     """Columns in chunks, each with as many of every device's columns as of any other's."""
     rows, columns = x.shape
     ways = parts("vocab", columns)

@@ -42,7 +42,7 @@ class Shapes:
 
 
 def seconds(shapes: Shapes) -> dict[str, float]:
-    """Seconds of one row, one image, or one slot in one layer, by the kernel's name, all heads on one chip."""
+    """Seconds of one row, image or slot in one layer, by the kernel's name, all heads on one chip."""
     chip, share = CHIPS[shapes.generation], SHARES[shapes.generation]
     tower, text = shapes.model.vision, shapes.model.text
     tokens = tower.num_patches + 1 if shapes.length else 0

@@ -138,7 +138,9 @@ def compile_serving(config: ConfigDict, topology: Topology, serving: Serving) ->
         layouts = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), params)
         decoding = _compile(
             mesh,
-            jax.jit(decode, donate_argnums=1, in_shardings=(layouts, places), out_shardings=(places, None, None)),
+            jax.jit(
+                decode, donate_argnums=1, in_shardings=(layouts, places), out_shardings=(places, None, None)
+            ),
             {"weights": params, "cache": slots},
             serving.slots,
         )

@@ -130,7 +130,7 @@ def test_an_all_reduce_that_keeps_its_part_is_a_reduce_scatter() -> None:
 def test_start_and_done_are_one_and_a_permutation_sends_all() -> None:
     lines = (
         "  %s = (bf16[64,128]{1,0}, bf16[64,128]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=2, "
-        "source_target_pairs={{0,1},{1,0}}, metadata={op_name=\"x\"}\n  ROOT %d = bf16[64,128]{1,0} collective-permute-done(%s)"
+        'source_target_pairs={{0,1},{1,0}}, metadata={op_name="x"}\n  ROOT %d = bf16[64,128]{1,0} collective-permute-done(%s)'
     )
     (found,) = collectives(hlo.parse(one(lines)))
     assert (found.kind, found.hidden, found.sent) == ("collective-permute", True, 64 * 128 * 2)

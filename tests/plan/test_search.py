@@ -132,7 +132,10 @@ def test_the_page_shows_what_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v5e:8x8", "--steps=train,fly"], "--steps 'fly' is not one of train, prefill, insert, decode, caption"),
+        (
+            ["--topology=v5e:8x8", "--steps=train,fly"],
+            "--steps 'fly' is not one of train, prefill, insert, decode, caption",
+        ),
         (["--topology=v5e:8x8", "--output=plan.txt"], "ends neither in .html nor in .json"),
         (["--topology=mars"], "topology 'mars' is neither like v5e:8x8"),
     ],

@@ -34,8 +34,8 @@ def test_slices_are_those_that_launch_creates(generation: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("0xv5e-64", "neither like v5e:8x8"), ("v7-8", "neither like v5e:8x8"), ("v5e:2x2x2", "v5e has 2 dimensions"), ("v4-7", "no power of two"),
-        ("", "neither like"),
+        ("0xv5e-64", "neither like v5e:8x8"), ("v7-8", "neither like v5e:8x8"), ("v5e:2x2x2", "v5e has 2 dimensions"),
+        ("v4-7", "no power of two"), ("", "neither like"),
     ],
 )  # fmt: skip
 def test_errors(name: str, message: str) -> None:
@@ -59,7 +59,7 @@ def test_links_by_rings_and_lines() -> None:
 
 
 def test_a_permute_takes_one_direction() -> None:
-    """On a closed ring every chip's link is used once; on a line the last chip's part goes all the way back."""
+    """On a closed ring it uses every link once; on a line the last chip's part goes all the way back."""
     ring, line = topology.parse("v5e:16x16"), topology.parse("v5e:8x8")
     around = {s: [((x, y), (x, (y + 1) % s.grid[1])) for x in range(s.grid[0]) for y in range(s.grid[1])]
               for s in (ring, line)}  # fmt: skip
