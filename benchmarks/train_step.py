@@ -221,7 +221,7 @@ def our_step(config: ModelConfig, params: dict[str, Any], batch: Batch) -> Step:
         weight_decay=0.0,
         clip_norm=CLIP_NORM,
     )
-    step_fn = make_train_step(graphdef, optimizer, compute_dtype=jnp.dtype("float32"), loss_chunk=ROW)
+    step_fn = make_train_step(graphdef, optimizer, compute_dtype=jnp.dtype("float32"), loss_chunk=6400)
     train_step = jax.jit(step_fn, donate_argnums=(0, 1))
     # Copies: the step donates its arguments, and the next step function starts from the same values.
     trainable, frozen = groups.split(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params), GROUPS)

@@ -21,6 +21,7 @@ def get_config(arg: str = "7b") -> ConfigDict:
     else:
         # Brief captions: four samples of 593 tokens.
         config.data.seq_len = 2432
+        config.data.max_tokens = 1216
         config.data.batch_size = 64
         config.optim.learning_rate = 1e-3
         config.model.vision.tuned_from = config.model.vision.num_layers - 1

@@ -25,6 +25,7 @@ def get_config(arg: str = "7b") -> ConfigDict:
         config.data.prompt = ""
     else:
         config.data.seq_len = 3456
+        config.data.max_tokens = 1728
         config.model.vision.tuned_from = 12
         config.optim.groups = ((common.BELOW_BLOCKS, None), (common.ABOVE_BLOCKS, None), (".*", 1.0))
     return pods.place(config, size, pod)

@@ -132,7 +132,8 @@ def base(size: str) -> ConfigDict:
     config.train.loss_reduction = "token"
     config.train.compute_dtype = "bfloat16"
     config.train.remat = "full"
-    config.train.loss_chunk = 512
+    # Pieces of the vocabulary whose scores, and whose part of the head, are on a chip at a time.
+    config.train.loss_chunk = 6400
     config.train.log_every = 10
     # A step whose loss or gradients are NaN or infinite changes nothing. `skip` goes on to the next, unless
     # so many come in a row; `stop` ends the run. Then the batch is in WORKDIR/nonfinite.
@@ -183,5 +184,4 @@ def _shrink(config: ConfigDict) -> None:
     config.optim.clip_norm = 1.0
     config.train.compute_dtype = "float32"
     config.train.remat = "none"
-    config.train.loss_chunk = 512
     config.checkpoint.every = 1000

@@ -1,8 +1,10 @@
-"""Mesh and remat policy for each TPU slice: the second part of a config's argument, `7b,v5e-64`.
+"""Rows, mesh and remat policy for each TPU slice: the second part of a config's argument, `7b,v5e-64`.
 
-As many ways of `fsdp` as there are rows in the batch, and `tensor` for the rest: a chip has a whole row, so
-that the batch stays the paper's on any slice. The remat policies keep what leaves some room in the chip's
-memory; docs/plan.md has the table that they come from, and `sg4v plan --search` looks for others.
+The batch stays the paper's on any slice. As far as there are rows, each chip has its own: `fsdp` goes over
+32 chips at most (of 64, gradients take longer to reduce, and nothing runs beside it), `data` over the rest.
+Where there are more chips than rows, rows are halved, with their image slots, as long as the longest sample
+fits into one. Only what is left is `tensor`, which costs more. The remat policies keep what leaves some room
+in the chip's memory. docs/plan.md has the figures; `sg4v plan --search` looks for other settings.
 """
 
 import difflib
@@ -20,6 +22,9 @@ PODS = {
     "v6e-32": (32, "mlp", "attention"),
     "v6e-256": (256, "projections", "projections"),
 }
+
+# Most ways of `fsdp`.
+FSDP = 32
 
 
 def split(arg: str) -> tuple[str, str]:
@@ -39,10 +44,17 @@ def split(arg: str) -> tuple[str, str]:
 
 
 def place(config: ConfigDict, size: str, pod: str) -> ConfigDict:
-    """The config with the slice's mesh and remat policy; as it was without a slice."""
+    """The config with the slice's rows, mesh and remat policy; as it was without a slice."""
     if pod:
         chips, *policies = PODS[pod]
-        config.mesh.fsdp = min(chips, config.data.batch_size)
-        config.mesh.tensor = chips // config.mesh.fsdp
+        data, mesh = config.data, config.mesh
+        while data.batch_size < chips and data.seq_len > data.max_tokens:
+            data.batch_size *= 2
+            data.seq_len = max(data.seq_len // 2, data.max_tokens)
+            data.image_slots //= 2
+        parts = min(chips, data.batch_size)
+        mesh.fsdp = min(parts, FSDP)
+        mesh.data = parts // mesh.fsdp
+        mesh.tensor = chips // parts
         config.train.remat = policies[size == "13b"]
     return config

@@ -17,6 +17,8 @@ def get_config(arg: str = "7b") -> ConfigDict:
     else:
         # 576 + 144 words, four times; so a batch has the paper's 256 samples.
         config.data.seq_len = 3072
+        # Captions end well below; so two fill half a row, which `pods` makes use of.
+        config.data.max_tokens = 1536
         config.data.batch_size = 64
     # Half of the tower's blocks, as in the paper's ablation.
     config.model.vision.tuned_from = config.model.vision.num_layers // 2

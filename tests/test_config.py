@@ -48,16 +48,22 @@ def test_no_config_drifts_unseen() -> None:
 
 
 def test_every_slice_has_its_mesh() -> None:
-    """`7b,v5e-64` is the config of the size with another mesh and remat policy, which divide the slice."""
+    """`7b,v5e-64` is the size's config with other rows, mesh and remat policy, which divide the slice."""
     for name, size, pod in itertools.product(FILES, ("7b", "13b"), pods.PODS):
         plain, placed = (configs.load(f"configs/{name}:{arg}") for arg in (size, f"{size},{pod}"))
-        mesh = placed.mesh
+        mesh, data = placed.mesh, placed.data
         assert mesh.fsdp * mesh.tensor * mesh.data == topology.parse(pod).num_chips == pods.PODS[pod][0]
-        assert placed.data.batch_size % (mesh.fsdp * mesh.data) == 0
+        # Each chip has a row of its own before any product is split, and halving rows stops at a sample.
+        assert data.batch_size % (mesh.fsdp * mesh.data) == 0
+        assert mesh.tensor == 1 or data.seq_len == data.max_tokens
+        assert data.batch_size * data.image_slots == plain.data.batch_size * plain.data.image_slots
+        assert data.max_tokens <= data.seq_len and data.image_slots * 576 < data.seq_len
         assert placed.model.text.num_heads % mesh.tensor == 0
         assert placed.train.remat in REMAT_POLICIES
         with placed.unlocked():
             placed.mesh, placed.train.remat = plain.mesh, plain.train.remat
+            for field in ("batch_size", "seq_len", "image_slots"):
+                placed.data[field] = plain.data[field]
         assert placed.to_json_best_effort() == plain.to_json_best_effort()
 
 

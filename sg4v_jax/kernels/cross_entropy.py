@@ -1,54 +1,72 @@
 """Next-token loss without the full logits: [batch, length, vocab] never exists."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from sg4v_jax.parallel.rules import constrain, parts
+
+# The score of a piece that only fills up the last chunk. Finite: a chunk of nothing else has a gradient, too.
+_NEVER = -1e30
 
 
 def chunked_cross_entropy(
     hidden: Float[Array, "batch length d"],
     targets: Int[Array | np.ndarray, "batch length"],
     counts: Bool[Array | np.ndarray, "batch length"],
-    logits: Callable[[Float[Array, "batch chunk d"]], Float[Array, "batch chunk vocab"]],
+    head: Float[Array, "d vocab"],
     chunk: int,
 ) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
     """The loss of each position, and whether its prediction is right.
 
-    The sequence is cut into chunks whose logits live one at a time, and are computed again in the
-    backward pass.
+    The vocabulary is cut into chunks, and the scores of one live at a time; they are computed again in
+    the backward pass. So does the chunk's part of the head, which is gathered for it, and its gradient.
 
     Args:
       hidden: final hidden states.
       targets: token to predict at each position.
       counts: which positions count; the others' loss and gradient are 0, whatever they hold.
-      logits: the output head, giving float32 scores.
-      chunk: positions at a time.
+      head: the output head's kernel.
+      chunk: pieces of the vocabulary at a time.
 
     Returns:
       (cross-entropy in nats, whether the argmax is right).
     """
-    length = hidden.shape[1]
-    chunk = min(chunk, length)
-    padding = -length % chunk
-
-    def split(x: Array | np.ndarray) -> Array:
-        """[batch, length, ...] to [chunks, batch, chunk, ...]."""
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+    # A position that doesn't count may hold anything, infinities included: select, don't multiply.
+    # Before the head, or its gradient would be 0 * inf.
+    hidden = jnp.where(counts[..., None], hidden, 0)
+    targets = jnp.asarray(targets)[..., None, None]
 
     @jax.checkpoint
-    def step(_: None, inputs: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        hidden, targets, counts = inputs
-        # A position that doesn't count may hold anything, infinities included: select, don't
-        # multiply. Before the head, or its gradient would be 0 * inf.
-        scores = logits(jnp.where(counts[..., None], hidden, 0))
-        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-        losses = jnp.where(counts, jax.nn.logsumexp(scores, axis=-1) - chosen, 0)
-        return None, (losses, counts & (scores.argmax(-1) == targets))
+    def step(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
+        head, pieces = inputs
+        head = constrain(head, (None, "vocab", None))
+        scores = jnp.tensordot(hidden, head, axes=1).astype(jnp.float32)
+        scores = jnp.where(pieces < vocab, scores, _NEVER)
+        chosen = jnp.where(pieces == targets, scores, 0).sum((-2, -1))
+        best = scores.max((-2, -1), keepdims=True)
+        first = jnp.where(scores == best, pieces, vocab).min((-2, -1))
+        return None, (jax.nn.logsumexp(scores, axis=(-2, -1)), chosen, best[..., 0, 0], first)
 
-    _, found = jax.lax.scan(step, None, (split(hidden), split(targets), split(counts)))
-    losses, correct = (jnp.moveaxis(x, 0, 1).reshape(len(targets), -1)[:, :length] for x in found)
-    return losses, correct
+    vocab = head.shape[1]
+    cut = _cut(head, chunk, 0), _cut(jnp.arange(vocab)[None], chunk, vocab)[:, 0]
+    _, (totals, chosen, best, first) = jax.lax.scan(step, None, cut)
+    losses = jnp.where(counts, jax.nn.logsumexp(totals, axis=0) - chosen.sum(0), 0)
+    # Of equal scores the first piece's counts, as for an argmax.
+    found = jnp.where(best == best.max(0), first, vocab).min(0)
+    return losses, counts & (found == targets[..., 0, 0])
+
+
+def _cut(
+    x: Shaped[Array, "rows columns"], chunk: int, filling: int
+) -> Shaped[Array, "chunks rows ways inner"]:
+    """Columns in chunks, each with as many of every device's columns as of any other's."""
+    rows, columns = x.shape
+    ways = parts("vocab", columns)
+    chunks = -(-columns // chunk)
+    inner = -(-columns // (ways * chunks))
+    x = x.reshape(rows, ways, -1)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * inner - x.shape[2])), constant_values=filling)
+    x = jnp.moveaxis(x.reshape(rows, ways, chunks, inner), 2, 0)
+    return constrain(x, (None, "embed", "vocab", None))

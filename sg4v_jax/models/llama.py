@@ -1,7 +1,5 @@
 """LLaMA decoder with grouped-query attention and a KV cache (Touvron et al. 2023; spec 3.1)."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -206,11 +204,6 @@ class Llama(nnx.Module):
 
         x, _ = jax.lax.scan(step, x.reshape(rows, length, width), (self.blocks, keys, values))
         return self.norm(x).reshape(batch, branches, length, width)
-
-    def scorer(self) -> Callable[[Float[Array, "... d"]], Float[Array, "... vocab"]]:
-        """`logits` for a loop: the head is gathered once before it, its gradient reduced once after it."""
-        kernel = constrain(self.head.kernel[...], (None, "vocab"))
-        return lambda hidden: (hidden @ kernel).astype(jnp.float32)
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... vocab"]:
         """Scores over the vocabulary, in float32."""

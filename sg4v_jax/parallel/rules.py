@@ -66,6 +66,14 @@ def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def parts(axis: str, size: int) -> int:
+    """Parts that a dimension of `size` with a logical axis is cut into on the current mesh; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.shape_tuple or size % ways(axis, mesh):
+        return 1
+    return ways(axis, mesh)
+
+
 def batch_ways(mesh: jax.sharding.Mesh) -> int:
     """Devices that a batch is split over."""
     return math.prod(mesh.shape[name] for name in RULES["batch"] or ())

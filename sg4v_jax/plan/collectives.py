@@ -19,9 +19,12 @@ class Collective:
       kind: of `KINDS`.
       runs: how often it runs in one step.
       bytes: its whole arrays in one run: what is gathered, reduced or scattered.
-      members: positions in the mesh of the first group of devices that take part.
+      members: positions in the mesh, inside a slice, of the first group of devices that take part.
       hidden: whether the compiler runs it beside other work.
       where: the JAX operation it comes from.
+      pairs: of a permute, all (source, target).
+      between_slices: whether each chip does it with those in its place in the other slices, by hosts and
+        their network; only `sent_in` makes sense of it then.
     """
 
     kind: str
@@ -30,13 +33,20 @@ class Collective:
     members: tuple[int, ...]
     hidden: bool
     where: str
+    pairs: tuple[tuple[int, int], ...] = ()
+    between_slices: bool = False
 
     @property
     def sent(self) -> float:
         """Bytes that each chip sends in a step, by the ring algorithm."""
-        share = (len(self.members) - 1) / len(self.members)
-        factor = {"all-reduce": 2 * share, "collective-permute": 1}.get(self.kind, share)
-        return self.runs * self.bytes * factor
+        if self.pairs:
+            return self.runs * self.bytes
+        return self.sent_in(len(self.members))
+
+    def sent_in(self, size: int) -> float:
+        """The same in a ring of so many, each of which has all of the bytes."""
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * self.runs * self.bytes * (size - 1) / size
 
 
 def collectives(module: Module) -> list[Collective]:
@@ -57,7 +67,7 @@ def collectives(module: Module) -> list[Collective]:
 def _inside(module: Module, line: Instruction) -> Iterator[tuple[Instruction, bool]]:
     """The collectives that one instruction runs, and whether it hides them."""
     kind = line.opcode.removesuffix("-start")
-    if kind in KINDS:
+    if kind in KINDS or _megascale(line):
         yield line, line.opcode.endswith("-start")
     elif line.opcode in ("fusion", "custom-call", "async-start"):
         named = (line.name, *line.called())
@@ -66,6 +76,12 @@ def _inside(module: Module, line: Instruction) -> Iterator[tuple[Instruction, bo
             for inner in module.computations.get(called, ()):
                 for collective, _ in _inside(module, inner):
                     yield collective, hidden
+
+
+def _megascale(line: Instruction) -> str:
+    """The kind of a collective between slices: the compiler writes it as a transfer to the host and back."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.attributes)
+    return found[1].lower().replace("_", "-") if found and line.opcode == "send" else ""
 
 
 def _scatters(line: Instruction) -> bool:
@@ -82,8 +98,18 @@ def _collective(line: Instruction, runs: int, hidden: bool, scattered: bool) -> 
     if kind == "reduce-scatter":
         total *= len(members)
     where = re.search(r'op_name="([^"]*)"', line.attributes)
+    if between := _megascale(line):
+        return Collective(between, runs, sizes[0], (0,), True, where[1] if where else "", between_slices=True)
     kind = "reduce-scatter" if scattered else kind
-    return Collective(kind, runs, total, members, hidden, where[1] if where else "")
+    pairs = _pairs(line.attributes)
+    return Collective(kind, runs, total, members, hidden, where[1] if where else "", pairs)
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Sources and targets of a permute."""
+    found = re.search(r"source_target_pairs=(\{[\d,{} ]*\})", text)
+    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
+    return tuple((int(source), int(target)) for source, target in pairs)
 
 
 def _members(text: str) -> tuple[int, ...]:

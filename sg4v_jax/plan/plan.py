@@ -22,7 +22,7 @@ class Plan:
     """One program on one slice. Numbers are of one chip and one step unless they say otherwise.
 
     Attributes:
-      step: `train`, `prefill` or `decode`.
+      step: `train`, `prefill`, `insert` or `decode`.
       topology: the slice.
       mesh: ways by axis.
       rows: of the global batch; slots for `decode`.
@@ -93,6 +93,7 @@ class Plan:
             "hbm_traffic": self.work.hbm_bytes,
             "kernels": self.work.kernels,
             "collectives": summary(self.collectives),
+            "sent_between_slices": self.roofline.between_slices,
             "host_bytes": self.host_bytes,
             "seconds": {
                 **dataclasses.asdict(self.roofline),
@@ -109,9 +110,11 @@ class Plan:
 
 
 def summary(found: list[Collective]) -> dict[str, dict[str, float]]:
-    """By kind: how many run in a step, bytes that a chip sends, and how many of these are hidden."""
+    """Inside slices, by kind: how many run in a step, bytes that a chip sends, and those that are hidden."""
     kinds: dict[str, dict[str, float]] = {}
     for collective in found:
+        if collective.between_slices:
+            continue
         kind = kinds.setdefault(collective.kind, {"count": 0, "sent": 0.0, "hidden": 0.0})
         kind["count"] += collective.runs
         kind["sent"] += collective.sent
@@ -119,13 +122,12 @@ def summary(found: list[Collective]) -> dict[str, dict[str, float]]:
     return kinds
 
 
-def plan_train(config: ConfigDict, topology: Topology, *, cycles: bool = False) -> Plan:
+def plan_train(config: ConfigDict, topology: Topology) -> Plan:
     """Plans the train step of a config.
 
     Args:
       config: a run's.
       topology: the slice.
-      cycles: count the kernels' cycles, which takes a minute or two, instead of estimating them.
 
     Raises:
       ValueError, OutOfMemory, RuntimeError: see `programs.compile_train`.
@@ -133,15 +135,15 @@ def plan_train(config: ConfigDict, topology: Topology, *, cycles: bool = False) 
     program = compile_train(config, topology)
     model = ModelConfig.from_dict(config.model.to_dict())
     data = config.data
-    shapes = kernels.Shapes.of(model, topology.chip.name, length=data.seq_len, samples=data.image_slots)
+    rows = data.batch_size // config.train.accumulate
+    shapes = kernels.Shapes(model, topology.chip.name, length=data.seq_len, samples=data.image_slots)
     return _plan(
         program,
         topology,
         step="train",
         shapes=shapes,
-        cycles=cycles,
-        rows=data.batch_size // config.train.accumulate,
-        images=data.batch_size * data.image_slots // config.train.accumulate,
+        rows=rows,
+        images=rows * data.image_slots,
         model_flops=train_flops(config, model),
         about={
             "rows": data.batch_size,
@@ -151,31 +153,43 @@ def plan_train(config: ConfigDict, topology: Topology, *, cycles: bool = False) 
     )
 
 
-def plan_serving(
-    config: ConfigDict, topology: Topology, step: str, serving: Serving, *, cycles: bool = False
-) -> Plan:
-    """Plans `prefill` or `decode`; see `plan_train` and `programs.compile_serving`."""
-    program = compile_serving(config, topology, step, serving)
+def plan_serving(config: ConfigDict, topology: Topology, serving: Serving) -> dict[str, Plan]:
+    """Plans `prefill`, `insert` and `decode`; see `programs.compile_serving`.
+
+    A step of decoding finds its slots half way through their answers.
+    """
+    programs = compile_serving(config, topology, serving)
     model = ModelConfig.from_dict(config.model.to_dict())
-    rows = ways("batch", program.mesh) if step == "prefill" else serving.slots
-    prefill = step == "prefill"
-    if prefill:
-        shapes = kernels.Shapes.of(model, topology.chip.name, length=serving.prompt)
-        flops = infer_flops(model, rows, serving.prompt, serving.prompt / 2, rows)
-    else:
-        shapes = kernels.Shapes.of(model, topology.chip.name, capacity=serving.capacity)
-        flops = infer_flops(model, rows, 1, serving.capacity, 0)
-    return _plan(
-        program,
-        topology,
-        step=step,
-        shapes=shapes,
-        cycles=cycles,
-        rows=rows,
-        images=rows,
-        model_flops=flops,
-        about={"rows": rows, "tokens": rows * (serving.prompt if prefill else 1), "remat": ""},
-    )
+    name, slots, prompt = topology.chip.name, serving.slots, serving.prompt
+    context = prompt + serving.answer // 2
+    rows = serving.rows(ways("batch", programs["prefill"].mesh))
+    prefill = kernels.Shapes(model, name, length=prompt)
+    decode = kernels.Shapes(model, name, context=context, int8=serving.kv == "int8")
+    # Shapes, rows, new positions of each, model FLOPs.
+    steps = {
+        "prefill": (prefill, rows, prompt, infer_flops(model, rows, prompt, prompt / 2, rows)),
+        "insert": (kernels.Shapes(model, name), rows, prompt, 0.0),
+        "decode": (decode, slots, 1, infer_flops(model, slots, 1, context, 0)),
+    }
+    return {
+        step: _plan(
+            programs[step],
+            topology,
+            step=step,
+            shapes=shapes,
+            rows=count,
+            images=count,
+            model_flops=flops,
+            about={"rows": count, "tokens": count * positions, "remat": ""},
+        )
+        for step, (shapes, count, positions, flops) in steps.items()
+    }
+
+
+def captions_per_second(plans: dict[str, Plan], answer: int) -> float:
+    """What a slice can do at most: every slot is prefilled, put in its place, and decodes `answer` tokens."""
+    prefill, insert, decode = (plans[step].roofline.bound for step in ("prefill", "insert", "decode"))
+    return 1 / ((prefill + insert) / plans["prefill"].rows + answer * decode / plans["decode"].rows)
 
 
 def _plan(
@@ -184,7 +198,6 @@ def _plan(
     *,
     step: str,
     shapes: kernels.Shapes,
-    cycles: bool,
     rows: int,
     images: int,
     model_flops: float,
@@ -195,15 +208,17 @@ def _plan(
     mesh = dict(program.mesh.shape)
     parts = ways("batch", program.mesh)
     done, found = work(module), collectives(module)
-    each = kernels.seconds(shapes) if cycles else kernels.estimate(shapes)
+    each = kernels.seconds(shapes)
     # A kernel runs on a chip's rows or images, and on its share of the heads.
     share = {"vit": images / parts, "flash": rows / parts, "decode": rows / parts}
-    kernel_seconds = sum(
-        runs * each.get(name, 0.0) * share[name.split("_")[0]] / mesh["tensor"]
+    busy = {
+        name: runs * each.get(name, 0.0) * share[name.split("_")[0]] / mesh["tensor"]
         for name, runs in done.kernels.items()
         if name.split("_")[0] in share
-    )
-    coordinates = [tuple(device.coords) for device in program.mesh.devices.flat]
+    }
+    # Slices are the outermost axis, and groups of devices are named inside of one.
+    inside = program.mesh.devices.flat[: topology.num_chips // topology.slices]
+    coordinates = [tuple(device.coords) for device in inside]
     return Plan(
         step=step,
         topology=topology,
@@ -212,9 +227,9 @@ def _plan(
         arguments=program.arguments,
         work=done,
         collectives=found,
-        roofline=roofline(topology, coordinates, done, found, kernel_seconds),
+        roofline=roofline(topology, coordinates, done, found, busy),
         model_flops=model_flops,
-        host_bytes=program.arguments.get("batch", 0) * parts,  # Decoding gets nothing from the host.
+        host_bytes=program.arguments.get("batch", 0) * parts + program.arguments.get("prompts", 0),
         unknown_loops=module.unknown_loops(),
         compile_seconds=program.seconds,
         hlo=text,

@@ -15,33 +15,48 @@ from ml_collections import ConfigDict
 from sg4v_jax.data.batch import Batch
 from sg4v_jax.infer import state
 from sg4v_jax.infer.options import SamplingOptions
+from sg4v_jax.infer.quantize import abstract_quantized
 from sg4v_jax.infer.sampling import RowOptions
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.parallel.mesh import make_mesh
 from sg4v_jax.parallel.placement import param_shardings
-from sg4v_jax.parallel.rules import RULES, sharding, ways
+from sg4v_jax.parallel.rules import RULES, ways
 from sg4v_jax.plan.memory import largest_tensors, out_of_memory
 from sg4v_jax.plan.topology import Topology
 from sg4v_jax.train import groups
 from sg4v_jax.train.setup import compile_step, set_up
 
-STEPS = ("train", "prefill", "decode")
+STEPS = ("train", "prefill", "insert", "decode", "caption")
+SERVING = ("prefill", "insert", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """Shapes of generation.
+    """Shapes of generation; what is not here is as `infer.Engine` has it by default.
 
     Attributes:
       slots: prompts that are decoded at a time, on all chips together.
       prompt: positions of a prompt, its image features included.
+      answer: tokens of an answer.
       capacity: positions of a slot's cache.
+      weights, kv: `float` (bfloat16) or `int8`.
+      prefill_rows: prompts that are prefilled together, at least one for each part of the batch.
+      steps: tokens that one program decodes.
     """
 
     slots: int
     prompt: int = 704
+    answer: int = 256
     capacity: int = 1024
+    weights: str = "float"
+    kv: str = "float"
+    prefill_rows: int = 4
+    steps: int = 4
+
+    def rows(self, ways: int) -> int:
+        """Prompts of one prefill, where the batch is cut into so many parts."""
+        return -(-min(self.prefill_rows, self.slots) // ways) * ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +88,7 @@ def compile_train(config: ConfigDict, topology: Topology) -> Program:
       OutOfMemory: the compiler says that it doesn't fit.
       RuntimeError: there is no TPU compiler.
     """
-    model = ModelConfig.from_dict(config.model.to_dict())
-    mesh = make_mesh(**config.mesh, devices=topology.devices())
+    model, mesh = _model_and_mesh(config, topology)
     batch = abstract_batch(config, model, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         # The number of steps shapes the schedule's values, not the program.
@@ -91,41 +105,57 @@ def compile_train(config: ConfigDict, topology: Topology) -> Program:
         return _compile(mesh, step, parts, config.data.batch_size)
 
 
-def compile_serving(config: ConfigDict, topology: Topology, step: str, serving: Serving) -> Program:
-    """Compiles the prefill of one image and prompt per chip, or one decoding step of all slots.
+def compile_serving(config: ConfigDict, topology: Topology, serving: Serving) -> dict[str, Program]:
+    """Compiles what `infer.device` runs: a step of decoding, a prefill, and what puts prompts into slots.
 
     Raises:
       ValueError: the mesh doesn't fit the slice, or the slots don't divide by it.
       OutOfMemory: the compiler says that it doesn't fit.
       RuntimeError: there is no TPU compiler.
     """
-    model = ModelConfig.from_dict(config.model.to_dict())
-    mesh = make_mesh(**config.mesh, devices=topology.devices())
+    model, mesh = _model_and_mesh(config, topology)
     parts = ways("batch", mesh)
     if serving.slots % parts:
         raise ValueError(f"{serving.slots} slots do not divide by data x fsdp = {parts}; set --slots")
+    dtype = jnp.dtype("bfloat16")
+    kv = jnp.dtype("int8") if serving.kv == "int8" else dtype
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        graphdef, shapes, axes = abstract_model(model)
-        weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
-        params = _abstract(weights, param_shardings(shapes, axes, mesh))
-
-        def prefill(params: Any, batch: Any) -> Any:
-            return state.prefill(nnx.merge(graphdef, params), *batch)
+        graphdef, shapes, axes = (abstract_quantized if serving.weights == "int8" else abstract_model)(model)
+        params = _abstract(_in_bfloat16(shapes, model), param_shardings(shapes, axes, mesh))
+        slots = jax.eval_shape(
+            lambda: state.State.empty(model.text, serving.slots, serving.capacity, 1, dtype, kv)
+        )
+        places = state.shardings(slots, mesh)
+        slots = _abstract(slots, places)
 
         def decode(params: Any, slots: state.State) -> Any:
             bound, vocab = nnx.merge(graphdef, params), model.text.vocab_size
-            return state.decode(bound, slots, steps=1, vocab=vocab, stop_ids=(2,))
+            return state.decode(bound, slots, steps=serving.steps, vocab=vocab, stop_ids=(2,))
 
-        if step == "prefill":
-            batch = _prompts(model, mesh, parts, serving.prompt)
-            return _compile(mesh, jax.jit(prefill), {"weights": params, "batch": batch}, parts)
-        slots, places = _slots(model, mesh, serving)
-        # As `infer.device` asks for it: weights lie in memory as decoding reads them.
+        def prefill(params: Any, prompts: Any) -> state.Prefix:
+            return state.prefill(nnx.merge(graphdef, params), *prompts)
+
         layouts = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), params)
-        function = jax.jit(
-            decode, donate_argnums=1, in_shardings=(layouts, places), out_shardings=(places, None, None)
+        decoding = _compile(
+            mesh,
+            jax.jit(
+                decode, donate_argnums=1, in_shardings=(layouts, places), out_shardings=(places, None, None)
+            ),
+            {"weights": params, "cache": slots},
+            serving.slots,
         )
-        return _compile(mesh, function, {"weights": params, "cache": slots}, serving.slots)
+        # Weights lie in memory as decoding reads them.
+        formats, _ = decoding.executable.input_formats[0]
+        params = _abstract(params, formats)
+        rows = serving.rows(parts)
+        prompts = _prompts(model, rows, serving.prompt)
+        filling = _compile(mesh, jax.jit(prefill), {"weights": params, "prompts": prompts}, rows)
+        prefix = jax.eval_shape(prefill, params, prompts)
+        prefix = _abstract(prefix, filling.executable.output_shardings)
+        insert = jax.jit(state.insert, donate_argnums=0, out_shardings=places)
+        groups = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        putting = _compile(mesh, insert, {"cache": slots, "prefix": prefix, "numbers": groups}, rows)
+    return {"prefill": filling, "insert": putting, "decode": decoding}
 
 
 def abstract_batch(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Batch:
@@ -161,35 +191,37 @@ def abstract_batch(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Batch:
 
 
 def chip_bytes(tree: Any) -> int:
-    """Bytes on one chip of a tree of ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Bytes on one chip of a tree of ShapeDtypeStructs; those without a sharding count whole."""
+
+    def of(leaf: jax.ShapeDtypeStruct) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
 
 
-def _prompts(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> tuple[Any, ...]:
-    """What `infer.state.prefill` gets: prompts of one image each."""
+def _model_and_mesh(config: ConfigDict, topology: Topology) -> tuple[ModelConfig, Mesh]:
+    return ModelConfig.from_dict(config.model.to_dict()), make_mesh(**config.mesh, devices=topology.devices())
 
-    def placed(leaf: Any) -> Any:
-        axes = ("batch", *[None] * (len(leaf.shape) - 1))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(axes, leaf.shape, mesh))
 
+def _in_bfloat16(shapes: Any, model: ModelConfig) -> Any:
+    """Parameters as the engine casts them: int8 kernels and their scales stay."""
+    floats = {path for path, _ in jax.tree.leaves_with_path(abstract_model(model)[1])}
+
+    def cast(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        stays = path not in floats or leaf.dtype == jnp.int8
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if stays else jnp.bfloat16)
+
+    return jax.tree.map_with_path(cast, shapes)
+
+
+def _prompts(model: ModelConfig, rows: int, length: int) -> tuple[Any, ...]:
+    """What `infer.state.prefill` gets from the host: prompts of one image each."""
     text = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     size = model.vision.image_size
     images = jax.ShapeDtypeStruct((rows, 1, size, size, 3), jnp.uint8)
-    options = RowOptions.of([SamplingOptions()] * rows)
-    return jax.tree.map(placed, (text, jax.ShapeDtypeStruct((rows,), jnp.int32), text, images, options))
-
-
-def _slots(model: ModelConfig, mesh: Mesh, serving: Serving) -> tuple[Any, Any]:
-    """The engine's state as ShapeDtypeStructs, and its shardings."""
-    dtype = jnp.dtype("bfloat16")
-    shapes = jax.eval_shape(
-        lambda: state.State.empty(model.text, serving.slots, serving.capacity, 1, dtype, dtype)
-    )
-    places = state.shardings(shapes, mesh)
-    return _abstract(shapes, places), places
+    options = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, RowOptions.of([SamplingOptions()] * rows)))
+    return text, jax.ShapeDtypeStruct((rows,), jnp.int32), text, images, options
 
 
 def _compile(mesh: Mesh, function: Any, parts: dict[str, Any], rows: int) -> Program:

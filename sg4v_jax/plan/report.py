@@ -31,11 +31,14 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
     lines += [
         ("compute", f"{_ms(times.compute)} ({_ms(times.kernels)} of it in kernels)"),
         ("memory", _ms(times.memory)),
-        ("network", f"{_ms(times.hidden)} hidden, {_ms(times.exposed)} not"),
+        ("network", f"{_ms(times.network)}: {_ms(times.hidden)} hidden, {_ms(times.exposed)} not"),
         ("step, at least", f"{_ms(times.bound)} ({times.limit}); MFU at most {plan.mfu(times.bound):.1%}"),
         ("step, expected", f"{_ms(times.expected)}; MFU {plan.mfu(times.expected):.1%}"),
         ("compiled in", f"{plan.compile_seconds:.0f} s"),
     ]
+    if plan.topology.slices > 1:
+        sent = f"{times.between_slices / 1e9:.2f} GB sent by a chip, {_ms(times.slices)}"
+        lines.insert(-3, ("between slices", sent))
     if plan.unknown_loops:
         lines.append(("counted once", "loops of unknown length: " + ", ".join(plan.unknown_loops)))
     return lines

@@ -1,9 +1,10 @@
 """The least time a program can take on a slice, from what it computes and moves."""
 
+import collections
 import dataclasses
 
 from sg4v_jax.plan.collectives import Collective
-from sg4v_jax.plan.topology import Topology
+from sg4v_jax.plan.topology import Direction, Topology
 from sg4v_jax.plan.work import Work
 
 
@@ -13,17 +14,24 @@ class Roofline:
 
     Attributes:
       products: matrix products, at the peak.
-      kernels: Pallas kernels, from the cycles of their schedules.
-      memory: traffic with HBM.
-      hidden: collectives that run beside other work.
-      exposed: collectives that nothing runs beside.
+      kernels: Pallas kernels that compute, from the cycles of their schedules.
+      memory: traffic with HBM, that of the decoding kernel with its cache included.
+      network: all collectives, on the links of the busiest direction inside slices: permutes of both ways
+        around run at once.
+      hidden: those of them that run beside other work.
+      exposed: those that nothing runs beside, one after the other.
+      slices: what crosses from slice to slice.
+      between_slices: bytes of it that a chip sends.
     """
 
     products: float
     kernels: float
     memory: float
+    network: float
     hidden: float
     exposed: float
+    slices: float
+    between_slices: float
 
     @property
     def compute(self) -> float:
@@ -31,19 +39,27 @@ class Roofline:
 
     @property
     def bound(self) -> float:
-        """No run is faster: compute, memory and network overlap perfectly."""
-        return max(self.compute, self.memory, self.hidden + self.exposed)
+        """No run is faster: compute, memory and the networks overlap perfectly."""
+        return max(self._parts.values())
 
     @property
     def expected(self) -> float:
         """The same, where collectives that the compiler left alone wait for nothing else."""
-        return max(self.compute, self.memory, self.hidden) + self.exposed
+        return max(self.compute, self.memory, self.hidden, self.slices) + self.exposed
 
     @property
     def limit(self) -> str:
         """What the bound is made of."""
-        parts = {"compute": self.compute, "memory": self.memory, "network": self.hidden + self.exposed}
-        return max(parts, key=lambda name: parts[name])
+        return max(self._parts, key=lambda name: self._parts[name])
+
+    @property
+    def _parts(self) -> dict[str, float]:
+        return {
+            "compute": self.compute,
+            "memory": self.memory,
+            "network": self.network,
+            "network between slices": self.slices,
+        }
 
 
 def roofline(
@@ -51,25 +67,50 @@ def roofline(
     coordinates: list[tuple[int, ...]],
     work: Work,
     collectives: list[Collective],
-    kernel_seconds: float,
+    kernel_seconds: dict[str, float],
 ) -> Roofline:
-    """Times of a program on a slice.
+    """Times of a program on a slice, or on several.
 
     Args:
       topology: the slice.
-      coordinates: in the torus, of every device of the mesh.
+      coordinates: in the torus, of every device of a slice, in the mesh's order.
       work: of one chip; see `work.work`.
       collectives: of the program.
-      kernel_seconds: that its Pallas kernels take.
+      kernel_seconds: that its Pallas kernels take, by name.
     """
-    seconds = {True: 0.0, False: 0.0}
+    everything: collections.Counter[Direction] = collections.Counter()
+    hidden: collections.Counter[Direction] = collections.Counter()
+    exposed = between = 0.0
     for collective in collectives:
-        group = [coordinates[member] for member in collective.members]
-        seconds[collective.hidden] += collective.sent / topology.bandwidth(group)
+        if collective.between_slices:
+            between += collective.sent_in(topology.slices)
+            continue
+        seconds = _seconds(topology, coordinates, collective)
+        everything.update(seconds)
+        if collective.hidden:
+            hidden.update(seconds)
+        else:
+            exposed += max(seconds.values(), default=0.0)
+    memory = work.hbm_bytes / topology.chip.hbm_bandwidth
     return Roofline(
         products=work.product_flops / topology.chip.flops,
-        kernels=kernel_seconds,
-        memory=work.hbm_bytes / topology.chip.hbm_bandwidth,
-        hidden=seconds[True],
-        exposed=seconds[False],
+        kernels=sum(time for name, time in kernel_seconds.items() if name != "decode"),
+        memory=memory + kernel_seconds.get("decode", 0.0),
+        network=max(everything.values(), default=0.0),
+        hidden=max(hidden.values(), default=0.0),
+        exposed=exposed,
+        slices=between / topology.chip.dcn_bandwidth,
+        between_slices=between,
     )
+
+
+def _seconds(
+    topology: Topology, coordinates: list[tuple[int, ...]], collective: Collective
+) -> dict[Direction, float]:
+    """How long a collective keeps the links of each direction busy, in a step."""
+    if collective.pairs:
+        shares = topology.permuting([(coordinates[a], coordinates[b]) for a, b in collective.pairs])
+    else:
+        shares = topology.gathering([coordinates[member] for member in collective.members])
+    each = collective.sent / topology.chip.link_bandwidth
+    return {direction: each * share for direction, share in shares.items()}

@@ -1,20 +1,28 @@
 """TPU generations, slices, and the compiler's description of them.
 
-`libtpu` compiles for a slice it has never seen (`jax.experimental.topologies`). Peaks and bandwidths
-are Google's published ones (cloud.google.com/tpu/docs, pages of each generation), per chip.
+`libtpu` compiles for slices it has never seen (`jax.experimental.topologies`). Peaks and bandwidths
+are Google's published ones (cloud.google.com/tpu/docs, pages of each generation), per chip; those of the
+data-centre network are a host's cards shared by its chips, of which v4 and v5p have four to a host
+(jax-ml.github.io/scaling-book, "TPUs").
 """
 
+import collections
 import dataclasses
 import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from sg4v_jax.kernels.cycles.target import ENVIRONMENT
+from sg4v_jax.parallel.peaks import PEAK_FLOPS
 
 GIB = 2**30
+
+# Of a link: the axis of the torus, and 1 or -1.
+Direction = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Chip:
       flops: bfloat16 FLOP/s of a chip.
       hbm_bandwidth: bytes/s between a chip and its memory.
       ici_bandwidth: bytes/s that a chip sends to its neighbours, over all links.
+      dcn_bandwidth: bytes/s that a chip sends to other slices, its part of what the host's cards do.
       dims: of the torus, 2 or 3.
       cores: TensorCores of a chip; the suffix of an accelerator type counts these on v4 and v5p.
     """
@@ -36,6 +45,7 @@ class Chip:
     flops: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    dcn_bandwidth: float
     dims: int
     cores: int
 
@@ -48,34 +58,37 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), 275e12, 1228e9, 300e9, 3, 2),
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, 2, 1),
-        Chip("v5p", int(95.73 * GIB), 459e12, 2765e9, 600e9, 3, 2),
-        Chip("v6e", int(31.24 * GIB), 918e12, 1638e9, 400e9, 2, 1),
+        Chip("v4", int(30.75 * GIB), PEAK_FLOPS["TPU v4"], 1228e9, 300e9, 6.25e9, 3, 2),
+        Chip("v5e", int(15.75 * GIB), PEAK_FLOPS["TPU v5e"], 819e9, 200e9, 3.125e9, 2, 1),
+        Chip("v5p", int(95.73 * GIB), PEAK_FLOPS["TPU v5"], 2765e9, 600e9, 6.25e9, 3, 2),
+        Chip("v6e", int(31.24 * GIB), PEAK_FLOPS["TPU v6"], 1638e9, 400e9, 12.5e9, 2, 1),
     )
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: a generation and its grid of chips.
+    """A slice, or several alike: a generation, its grid of chips, and how many there are.
 
     Attributes:
       chip: its generation.
-      grid: chips along each dimension of the torus.
+      grid: chips of a slice along each dimension of its torus.
+      slices: that the data-centre network joins.
     """
 
     chip: Chip
     grid: tuple[int, ...]
+    slices: int = 1
 
     @property
     def num_chips(self) -> int:
-        return math.prod(self.grid)
+        return self.slices * math.prod(self.grid)
 
     @property
     def name(self) -> str:
-        """As the compiler calls it: `v5e:8x8`."""
-        return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
+        """`v5e:8x8`, as the compiler calls a slice; `2xv5e:8x8` for two of them."""
+        several = f"{self.slices}x" if self.slices > 1 else ""
+        return f"{several}{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
     def wraps(self, axis: int) -> bool:
         """Whether the ends of an axis are linked: whole cubes of 4x4x4, or 16 chips on v5e and v6e."""
@@ -83,22 +96,43 @@ class Topology:
             return all(size % 4 == 0 for size in self.grid)
         return self.grid[axis] == 16
 
-    def bandwidth(self, coordinates: Sequence[Sequence[int]]) -> float:
-        """Bytes/s that a chip of a group can send to the others of it.
+    def gathering(self, coordinates: Sequence[Sequence[int]]) -> dict[Direction, float]:
+        """The share of what a chip sends that goes each way, where a group gathers or reduces.
 
         Every axis that the group spans adds its links: two where they close a ring, one on a line, whose
-        ends have no second one.
+        ends have no second one and are what everybody waits for.
 
         Args:
           coordinates: of the group's chips in the torus.
         """
-        links = 0
-        for axis in range(min(len(self.grid), len(coordinates[0]))):
+        links = {}
+        for axis, size in enumerate(self.grid):
             extent = len({chip[axis] for chip in coordinates})
             if extent > 1:
-                ring = extent == self.grid[axis] and extent > 2 and self.wraps(axis)
-                links += 2 if ring else 1
-        return max(links, 1) * self.chip.link_bandwidth
+                links[axis] = 2 if extent == size > 2 and self.wraps(axis) else 1
+        ways = [(axis, sign) for axis in links or (0,) for sign in (1, -1)]
+        return dict.fromkeys(ways, 1 / max(sum(links.values()), 1))
+
+    def permuting(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[Direction, float]:
+        """How much of what a chip sends each link of a direction carries on average, when chips permute.
+
+        Everything takes the shortest way, half of it each way round where both are as long.
+
+        Args:
+          pairs: coordinates of all sources and targets.
+        """
+        hops: collections.Counter[Direction] = collections.Counter()
+        for axis, size in enumerate(self.grid):
+            for source, target in pairs:
+                steps = target[axis] - source[axis]
+                for sign, count in _hops(steps, size if self.wraps(axis) else 0).items():
+                    hops[axis, sign] += count
+        return {way: count / self._links(way[0]) for way, count in hops.items()}
+
+    def _links(self, axis: int) -> int:
+        """Links of a slice along an axis, in one direction."""
+        size, chips = self.grid[axis], math.prod(self.grid)
+        return chips if self.wraps(axis) else chips * (size - 1) // size
 
     def devices(self) -> list[jax.Device]:
         """The compiler's devices, which can be compiled for and nothing else.
@@ -113,9 +147,12 @@ class Topology:
         from jax.experimental import topologies
 
         # One device to a chip, as on real slices: v4 and v5p have two cores that work as one.
-        options = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        options: dict[str, Any] = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        if self.slices > 1:
+            options["num_slices"] = self.slices
+        name = dataclasses.replace(self, slices=1).name
         try:
-            description = topologies.get_topology_desc(self.name, platform="tpu", **options)
+            description = topologies.get_topology_desc(name, platform="tpu", **options)
         except Exception as error:  # Whatever the plug-in raises, which differs between versions.
             if "libtpu" in str(error) or "Unable to initialize" in str(error):
                 raise RuntimeError(f"no TPU compiler: pip install libtpu ({error})") from error
@@ -124,25 +161,36 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """A topology from `v5e:8x8`, or from an accelerator type like `v5p-128`.
+    """A topology from `v5e:8x8`, or from an accelerator type like `v5p-128`; `2xv5e-64` are two slices.
 
     Raises:
       ValueError: naming what is known.
     """
-    found = re.fullmatch(r"(v\w+?)(?::(\d+(?:x\d+)+)|-(\d+))", text)
-    if not found or found[1].replace("litepod", "e") not in CHIPS:
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(v\w+?)(?::(\d+(?:x\d+)+)|-(\d+))", text)
+    if not found or found[2].replace("litepod", "e") not in CHIPS:
         known = ", ".join(CHIPS)
         raise ValueError(f"topology {text!r} is neither like v5e:8x8 nor like v5p-128, of {known}")
-    chip = CHIPS[found[1].replace("litepod", "e")]
-    if found[2]:
-        grid = tuple(map(int, found[2].split("x")))
+    chip, slices = CHIPS[found[2].replace("litepod", "e")], int(found[1] or 1)
+    if found[3]:
+        grid = tuple(map(int, found[3].split("x")))
         if len(grid) != chip.dims:
             raise ValueError(f"topology {text!r}: {chip.name} has {chip.dims} dimensions")
-        return Topology(chip, grid)
-    chips, rest = divmod(int(found[3]), chip.cores)
+        return Topology(chip, grid, slices)
+    chips, rest = divmod(int(found[4]), chip.cores)
     if rest or chips & (chips - 1) or not chips:
         raise ValueError(f"topology {text!r}: the number of chips is no power of two; give the grid")
-    return Topology(chip, _grid(chips, chip.dims))
+    return Topology(chip, _grid(chips, chip.dims), slices)
+
+
+def _hops(steps: int, ring: int) -> dict[int, int]:
+    """Links of each sign that lie on the way to a chip so many steps on, in a ring of so many (0: a line)."""
+    if ring:
+        steps %= ring
+        if 2 * steps == ring:
+            return {1: steps // 2, -1: steps // 2}
+        if 2 * steps > ring:
+            steps -= ring
+    return {1 if steps > 0 else -1: abs(steps)} if steps else {}
 
 
 def _grid(chips: int, dims: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
     "copy-done", "slice-done", "async-done", "after-all", "partition-id", "opt-barrier",
     "optimization-barrier", "collective-permute-done", "all-gather-done", "all-reduce-done",
+    "send-done", "recv-done",
 }  # fmt: skip
 _MARKERS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 
@@ -107,6 +108,8 @@ def _valid_pairs(
 
 def _traffic(module: Module, computation: str, line: Instruction) -> float:
     """Bytes that one run of an instruction moves between chip and memory."""
+    if line.opcode == "custom-call" and line.name.startswith("decode"):
+        return 0  # It gets the caches of all layers and reads those of one: counted with the kernel's time.
     if line.opcode in _FREE or any(marker in line.attributes for marker in _MARKERS):
         return 0
     if line.opcode.removesuffix("-start") in KINDS:
@@ -122,6 +125,8 @@ def _traffic(module: Module, computation: str, line: Instruction) -> float:
     if line.opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
         moved = [array for array in line.result if array.dims]
         return 2 * min((array.bytes for array in moved), default=0)
+    if line.opcode in ("send", "recv"):
+        return _in_hbm(line.result[:1])
     if line.opcode == "copy-start":
         # The result names destination and source; each counts where it is in memory.
         return _in_hbm(line.result[:2])

@@ -76,7 +76,7 @@ def make_loss(
         )
         weights, counts = batch.loss_weights, batch.loss_weights > 0
         losses, correct = chunked_cross_entropy(
-            hidden, batch.targets, counts, model.text.scorer(), loss_chunk
+            hidden, batch.targets, counts, model.text.head.kernel[...], loss_chunk
         )
         # A sum, not a product of matrices: a TPU would round those to bfloat16.
         is_kind = counts & (batch.kinds == jnp.arange(kinds)[:, None, None])
@@ -96,7 +96,7 @@ def make_train_step(
     *,
     compute_dtype: jnp.dtype,
     remat: str = "none",
-    loss_chunk: int = 512,
+    loss_chunk: int = 6400,
     accumulate: int = 1,
     reduction: str = "token",
     kinds: int = 0,
@@ -111,7 +111,7 @@ def make_train_step(
       optimizer: see `train.optimizer`.
       compute_dtype: dtype of activations and of the weights that meet them; masters stay as they are.
       remat: what the backward pass recomputes; see `models.layers.run_stack`.
-      loss_chunk: positions whose logits exist at a time.
+      loss_chunk: pieces of the vocabulary whose scores exist at a time.
       accumulate: microbatches per step; rows must divide by it.
       reduction: see `normalize_weights`.
       kinds: how many of `Batch.kinds` the losses are told apart by.

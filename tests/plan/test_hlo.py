@@ -130,10 +130,28 @@ def test_an_all_reduce_that_keeps_its_part_is_a_reduce_scatter() -> None:
 def test_start_and_done_are_one_and_a_permutation_sends_all() -> None:
     lines = (
         "  %s = (bf16[64,128]{1,0}, bf16[64,128]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=2, "
-        "source_target_pairs={{0,1},{1,0}}\n  ROOT %d = bf16[64,128]{1,0} collective-permute-done(%s)"
+        'source_target_pairs={{0,1},{1,0}}, metadata={op_name="x"}\n  ROOT %d = bf16[64,128]{1,0} collective-permute-done(%s)'
     )
     (found,) = collectives(hlo.parse(one(lines)))
     assert (found.kind, found.hidden, found.sent) == ("collective-permute", True, 64 * 128 * 2)
+    assert found.pairs == ((0, 1), (1, 0))
+
+
+def test_slices_reduce_by_transfers_to_their_hosts() -> None:
+    attributes = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    lines = (
+        f"  %t = token[] after-all()\n  %s = (bf16[64,128]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%x, %t), channel_id=3, {attributes}\n"
+        f"  %r = (bf16[64,128]{{1,0}}, u32[]{{:S(2)}}, token[]) recv(%t), channel_id=2, {attributes}\n"
+        "  %sd = token[] send-done(%s), channel_id=3\n  ROOT %rd = (bf16[64,128]{1,0}, token[]) recv-done(%r), channel_id=2"
+    )
+    module = hlo.parse(one(lines))
+    (found,) = collectives(module)
+    assert (found.kind, found.bytes, found.between_slices) == ("all-reduce", 64 * 128 * 2, True)
+    assert found.sent_in(2) == 64 * 128 * 2 and found.sent_in(4) == 64 * 128 * 2 * 3 / 2
+    assert work(module).hbm_bytes == 2 * 64 * 128 * 2
 
 
 @pytest.mark.parametrize(

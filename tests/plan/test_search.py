@@ -28,7 +28,7 @@ def made_up(config: ConfigDict, gib: float, seconds: float) -> Plan:
         step="train", topology=SLICE, mesh={"data": 1, "fsdp": 64, "tensor": 1}, rows=64, tokens=64 * 3072,
         remat=config.train.remat, memory=Memory(GIB, GIB, GIB, int(gib * GIB) - GIB, 0),
         arguments={"batch": GIB}, work=work, collectives=found, model_flops=1e15,
-        roofline=roofline(SLICE, coordinates, work, found, 0.0), host_bytes=0,
+        roofline=roofline(SLICE, coordinates, work, found, {}), host_bytes=0,
         unknown_loops=[], compile_seconds=1.0, hlo="",
     )  # fmt: skip
 
@@ -80,13 +80,46 @@ def test_times_add_up() -> None:
     pair = {"members": (0, 1), "runs": 1, "where": ""}
     hidden = Collective("all-gather", bytes=int(2 * link), hidden=True, **pair)
     exposed = Collective("all-reduce", bytes=int(0.25 * link), hidden=False, **pair)
-    found = roofline(SLICE, [(0, 0), (0, 1)], work, [hidden, exposed], kernel_seconds=0.1)
+    found = roofline(SLICE, [(0, 0), (0, 1)], work, [hidden, exposed], {"flash_forward": 0.1})
     assert found.compute == pytest.approx(0.6)
     assert (found.hidden, found.exposed) == (pytest.approx(1.0), pytest.approx(0.25))
     assert found.bound == pytest.approx(1.25) and found.limit == "network"
     assert found.expected == pytest.approx(1.25)
+    assert found.network == pytest.approx(1.25)
     slower = dataclasses.replace(found, products=2.0)
     assert slower.bound == pytest.approx(2.1) and slower.expected == pytest.approx(2.35)
+
+
+def test_permutes_of_both_ways_around_run_at_once() -> None:
+    """A ring of 16 chips: each way has links of its own, so the second way costs no more time."""
+    ring = topology.parse("v5e:16x16")
+    coordinates = [(x, y) for x in range(16) for y in range(16)]
+    right = tuple((16 * x + y, 16 * x + (y + 1) % 16) for x in range(16) for y in range(16))
+    left = tuple((b, a) for a, b in right)
+    size = int(ring.chip.link_bandwidth)  # A second on one link.
+
+    def network(*ways: tuple[tuple[int, int], ...]) -> tuple[float, float]:
+        found = [Collective("collective-permute", 1, size, way[0], True, "", way) for way in ways]
+        times = roofline(ring, coordinates, Work(0.0, 0.0, {}), found, {})
+        return times.bound, times.hidden
+
+    assert network(right) == network(right, left) == (pytest.approx(1), pytest.approx(1))
+    assert network(right, right) == (pytest.approx(2), pytest.approx(2))
+
+
+def test_what_crosses_between_slices_is_counted_apart() -> None:
+    """An all-reduce of two slices: each chip sends half of the array to be added up, and half of the sum."""
+    two = topology.parse("2xv5e:2x2")
+    size = int(two.chip.dcn_bandwidth)
+    found = Collective("all-reduce", 1, size, (0,), True, "", between_slices=True)
+    times = roofline(two, [(0, 0)], Work(0.0, 0.0, {}), [found], {})
+    assert (times.between_slices, times.slices, times.network) == (size, pytest.approx(1), 0)
+    assert times.limit == "network between slices" and times.bound == times.expected == times.slices
+
+
+def test_a_cache_is_read_at_the_memory_s_speed() -> None:
+    times = roofline(SLICE, [(0, 0)], Work(0.0, 0.0, {}), [], {"decode": 0.2, "flash_forward": 0.1})
+    assert (times.memory, times.compute, times.limit) == (0.2, 0.1, "memory")
 
 
 def test_the_page_shows_what_does_not_fit() -> None:
@@ -99,7 +132,10 @@ def test_the_page_shows_what_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v5e:8x8", "--steps=train,fly"], "--steps 'fly' is not one of train, prefill, decode"),
+        (
+            ["--topology=v5e:8x8", "--steps=train,fly"],
+            "--steps 'fly' is not one of train, prefill, insert, decode, caption",
+        ),
         (["--topology=v5e:8x8", "--output=plan.txt"], "ends neither in .html nor in .json"),
         (["--topology=mars"], "topology 'mars' is neither like v5e:8x8"),
     ],

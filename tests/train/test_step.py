@@ -149,7 +149,7 @@ def test_chunks_change_nothing(chunk: int) -> None:
     hidden, targets, weights, head = chunk_inputs()
 
     def chunked(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, correct = chunked_cross_entropy(hidden, targets, weights > 0, lambda x: x @ head, chunk)
+        losses, correct = chunked_cross_entropy(hidden, targets, weights > 0, head, chunk)
         return (losses * weights).sum(), correct
 
     gradient = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))
@@ -170,7 +170,7 @@ def test_what_padding_holds_does_not_matter(poison: float) -> None:
     spoilt = jnp.where(weights[..., None] > 0, hidden, poison)
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        losses, _ = chunked_cross_entropy(hidden, targets, weights > 0, lambda x: x @ head, 5)
+        losses, _ = chunked_cross_entropy(hidden, targets, weights > 0, head, 5)
         return (losses * weights).sum()
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
