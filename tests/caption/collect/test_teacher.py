@@ -198,8 +198,11 @@ def test_closed_while_it_answers() -> None:
         tasks = [asyncio.create_task(teacher.complete(asking(f"{i}"))) for i in range(SLOTS + 2)]
         while engine.most < SLOTS:
             await asyncio.sleep(0.001)
-        threading.Timer(0.01, engine.hold.set).start()
-        await asyncio.to_thread(teacher.close)
+        closing = asyncio.create_task(asyncio.to_thread(teacher.close))
+        while not teacher._closing.is_set():
+            await asyncio.sleep(0.001)
+        engine.hold.set()
+        await closing
         found = await asyncio.gather(*tasks, return_exceptions=True)
         return [*found, *await asyncio.gather(teacher.complete(asking("late")), return_exceptions=True)]
 
