@@ -92,8 +92,8 @@ def make_models(directory: pathlib.Path, size: str) -> tuple[LlavaForConditional
         ),
         text_config=LlamaConfig(
             vocab_size=vocab + 2, hidden_size=width, intermediate_size=width * 11 // 4,
-            num_hidden_layers=layers, num_attention_heads=width // 64,
-            num_key_value_heads=width // 64, max_position_embeddings=1024,
+            num_hidden_layers=layers, num_attention_heads=max(width // 128, 1),
+            num_key_value_heads=max(width // 128, 1), max_position_embeddings=1024,
         ),
         image_token_index=vocab, pad_token_id=vocab + 1,
     )  # fmt: skip

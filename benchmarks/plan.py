@@ -25,18 +25,35 @@ from sg4v_jax.configs.pods import PODS
 
 STAGES = ("align", "pretrain", "captioner", "finetune")
 MODELS = ("7b", "13b")
-# One row of 3072 positions a chip, everything sharded over all chips.
-SCALE = ("v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16")
+# The text part of 7B, a row of 2048 positions a chip, everything sharded over all chips. The tower is cut
+# down to one block of width 128: less to compile.
+SCALE = ("v5e:2x4", "v5e:16x16", "v5e:8x8", "v5e:4x4", "v5e:8x16", "v5e:4x8")
+TEXT_PART = (
+    "--config.model.vision.num_layers=2",
+    "--config.model.vision.tuned_from=1",
+    "--config.model.vision.hidden_size=128",
+    "--config.model.vision.intermediate_size=512",
+    "--config.model.vision.num_heads=2",
+    "--config.data.seq_len=2048",
+    "--config.data.image_slots=1",
+)
 
 
 def plan(spec: str, topology: str, overrides: list[str]) -> dict[str, Any]:
-    """What `sg4v plan` says, in a process of its own; `failure` instead if it doesn't fit."""
+    """What `sg4v plan` says, in a process of its own; `failure` instead if the compiler refuses it.
+
+    Raises:
+      RuntimeError: it ended for another reason than memory.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = os.path.join(folder, "plan.json")
         command = [sys.executable, "-m", "sg4v_jax", "plan", f"--config={spec}", f"--topology={topology}"]
         done = subprocess.run([*command, "--output", output, *overrides], capture_output=True, text=True)
         if os.path.exists(output):
             return dict(json.loads(pathlib.Path(output).read_text())[0])
+        if "does not fit" not in done.stderr:
+            # Not an answer, so the file must not have it: a wrong flag, or the process was killed.
+            raise RuntimeError(f"{spec} on {topology}: exit {done.returncode}\n{done.stderr[-2000:]}")
         return {"fits": False, "failure": done.stderr.strip()[-2000:]}
 
 
@@ -150,8 +167,8 @@ def main() -> None:
         jobs = []
         for topology in SCALE:
             chips = math.prod(map(int, topology.partition(":")[2].split("x")))
-            overrides = [f"--config.data.batch_size={chips}"]
-            jobs.append((f"scale {topology}", "configs/pretrain.py:7b", topology, overrides))
+            overrides = [*TEXT_PART, f"--config.data.batch_size={chips}"]
+            jobs.append((f"scale {topology}", "configs/finetune.py:7b", topology, overrides))
         compile_all(jobs, arguments.output)
     elif arguments.action == "table":
         print(table(read(arguments.file)))

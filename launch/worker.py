@@ -105,12 +105,15 @@ def start(job: str, argv: list[str], env: list[str]) -> None:
             write(folder / "command", json.dumps({"argv": argv, "env": variables}))
             with open(folder / "log", "ab") as log:
                 itself = [sys.executable, os.path.abspath(__file__), "supervise", job]
+                # Held back until the supervisor listens: it passes to what is started.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
                 process = subprocess.Popen(
                     itself, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
             # Its command line can be seen only a moment after it was started.
             while not is_named(process.pid, job) and process.poll() is None:
                 time.sleep(0.01)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             write(folder / "pid", str(process.pid))
             write(ROOT / "current", job)
     say("start", job)
@@ -127,6 +130,7 @@ def supervise(folder: Path) -> None:
             child.send_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, tell)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     command = json.loads((folder / "command").read_text())
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **command["env"]}
     environment["PATH"] = f"{VENV / 'bin'}{os.pathsep}{environment.get('PATH', '')}"

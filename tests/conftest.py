@@ -1,9 +1,11 @@
 """What all tests share: checked shape annotations, and a small world with its dataset and tokenizer."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import jaxtyping
 import pytest
@@ -60,3 +62,13 @@ def write_tiny_world(directory: pathlib.Path) -> TinyWorld:
     captions, _ = build("captions", files.cap_dense, files.image_root, datasets)
     mix, _ = build("mix", files.sft_mix, files.image_root, datasets)
     return TinyWorld(directory, files.image_root, tokenizer, captions, mix)
+
+
+@pytest.fixture(autouse=True)
+def same_logging_after() -> Iterator[None]:
+    """`main` sets up logging for a process of its own; the next test must not inherit it."""
+    logger = logging.getLogger("sg4v_jax")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import shlex
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -58,16 +57,6 @@ SMALL = [
     "--config.data.batch_size=2",
     "--config.data.num_threads=1",
 ]
-
-
-@pytest.fixture(autouse=True)
-def same_logging_after() -> Iterator[None]:
-    """`main` sets up logging for a process of its own."""
-    logger = logging.getLogger("sg4v_jax")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -52,12 +52,14 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     run_config = config.parse(config_argv)
     where = topology.parse(arguments.topology)
     serving = Serving(arguments.slots or 8 * where.num_chips, arguments.prompt, arguments.capacity)
-    plans = []
+    plans, best = [], None
     try:
         if arguments.search:
-            run_config = search(run_config, where, arguments.tries, progress_bar("programs"), print)
+            run_config, best = search(run_config, where, arguments.tries, progress_bar("programs"), print)
         for step in steps:
-            if step == "train":
+            if step == "train" and best and not arguments.cycles:
+                plans.append(best)
+            elif step == "train":
                 plans.append(plan_train(run_config, where, cycles=arguments.cycles))
             else:
                 plans.append(plan_serving(run_config, where, step, serving, cycles=arguments.cycles))

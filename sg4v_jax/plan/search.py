@@ -57,8 +57,8 @@ def search(
     tries: int,
     progress: Callable[..., Any],
     tell: Callable[[str], None],
-) -> ConfigDict:
-    """Compiles the most promising settings, the global batch staying as it is, and gives the best.
+) -> tuple[ConfigDict, Plan]:
+    """Compiles the most promising settings, the global batch staying as it is, and gives the best, planned.
 
     Args:
       config: a run's.
@@ -76,7 +76,7 @@ def search(
             f"no mesh of {topology.name} divides config.data.batch_size={config.data.batch_size} rows and "
             f"leaves room in {topology.chip.hbm_bytes / GIB:.2f} GiB"
         )
-    best: tuple[float, Candidate] | None = None
+    best: tuple[Candidate, Plan] | None = None
     for candidate in progress(ranked[:tries]):
         try:
             plan = plan_train(candidate.apply(config), topology)
@@ -84,17 +84,17 @@ def search(
             tell(f"{candidate.flags()}: out of memory, {error}")
             continue
         tell(f"{candidate.flags()}: {_line(plan)}")
-        if plan.fits and (best is None or plan.roofline.expected < best[0]):
-            best = plan.roofline.expected, candidate
+        if plan.fits and (best is None or plan.roofline.expected < best[1].roofline.expected):
+            best = candidate, plan
     if best is None:
         raise ValueError(f"none of {min(tries, len(ranked))} settings fits {topology.name}; see above")
-    tell(f"best: {best[1].flags()}\n")
-    return best[1].apply(config)
+    tell(f"best: {best[0].flags()}\n")
+    return best[0].apply(config), best[1]
 
 
 def _line(plan: Plan) -> str:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    return f"{plan.memory.peak / GIB:.2f} GiB, {verdict}, {1e3 * plan.roofline.expected:.0f} ms a step"
+    return f"{plan.memory.peak / GIB:.2f} GiB, {verdict}, {1e3 * plan.roofline.expected:.2f} ms a step"
 
 
 def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:

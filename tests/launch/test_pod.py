@@ -250,9 +250,13 @@ def test_the_worker_that_vanishes_under_a_job(
     assert printed.count("pod: ACTIVE") >= 2
 
 
-def test_stop(make_pod: MakePod) -> None:
-    made, _ = ready(make_pod("bash", "-c", 'trap "exit 75" TERM; while true; do sleep 0.05; done'))
+def test_stop(make_pod: MakePod, tmp_path: pathlib.Path) -> None:
+    up = tmp_path / "up"
+    script = f'trap "exit 75" TERM; touch {up}; while true; do sleep 0.05; done'
+    made, _ = ready(make_pod("bash", "-c", script))
     job = made.start()
+    while not up.exists():
+        time.sleep(0.01)
     made.stop(grace=20)
     outcome = made.follow(job)
     assert (outcome.exits, outcome.exit_code) == ({"w0": "75"}, 75)

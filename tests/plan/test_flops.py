@@ -62,7 +62,9 @@ def test_train_flops(spec: str, trained: Any) -> None:
     size = model.vision.image_size
     text = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     images = jax.ShapeDtypeStruct((rows, slots, size, size, 3), jnp.uint8)
-    batch = Batch(text, text, jax.ShapeDtypeStruct((rows, length), jnp.float32), text, text, images, text, text)
+    batch = Batch(
+        text, text, jax.ShapeDtypeStruct((rows, length), jnp.float32), text, text, images, text, text
+    )
     loss = make_loss(graphdef, compute_dtype=jnp.dtype("float32"), remat="none", loss_chunk=length)
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, batch)
     # The loss computes its logits again, to never have them whole.

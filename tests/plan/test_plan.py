@@ -127,7 +127,9 @@ def test_work_and_times(ran: Ran) -> None:
     assert train["mfu_expected"] <= train["mfu_bound"] < 1
     assert train["hbm_traffic"] > sum(train["argument_parts"].values())
     assert train["host_bytes"] == 8 * 256 * 4 * 7 + 8 * 4 * 48 * 48 * 3
-    assert train["unknown_loops"] == ran.decode["unknown_loops"] == []
+    assert train["unknown_loops"] == []
+    # The engine's loop over steps ends when no slot has more to say; planned is one step.
+    assert ran.decode["unknown_loops"]
     assert ran.decode["tokens"] == ran.decode["rows"] == 32
     # Every layer gathers its weights, forward and backward.
     assert train["collectives"]["all-gather"]["count"] >= 2 * 5 * 7

@@ -60,8 +60,8 @@ def test_search_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(search, "plan_train", plan)
     told: list[str] = []
     config = configs.load("configs/pretrain.py:7b")
-    found = search.search(config, SLICE, 100, iter, told.append)
-    assert found.train.remat == "mlp" and config.train.remat == "full"
+    found, best = search.search(config, SLICE, 100, iter, told.append)
+    assert found.train.remat == best.remat == "mlp" and config.train.remat == "full"
     assert any("DOES NOT FIT" in line for line in told) and told[-1].startswith("best: --config.mesh.data=")
 
     monkeypatch.setattr(search, "plan_train", lambda config, where: made_up(config, 20, 1.0))

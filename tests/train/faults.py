@@ -4,9 +4,9 @@ Each life is a process forked from one that has imported everything but not star
 what a restart costs. It is killed by SIGKILL, at a random moment of a chosen phase. With more processes
 than one, one of them is killed and the others are ended a moment later, as a launcher does.
 
-Processes of one job must meet at their first collective within gloo's 30 s, which no setting raises. So
-they wait for each other, for longer, where they compile; a life that fails to meet nevertheless is lived
-again, and is not a kill.
+Processes of one job must meet at their first collective within gloo's 30 s, and no setting was found that
+raises them. So they wait for each other, for longer, where they compile; a life that fails to meet
+nevertheless is lived again, and is not a kill.
 
     python -m tests.train.faults --compare --processes=2 --kills=20 --seed=0 --output=/tmp/faults
 """
@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from jax._src import distributed as jax_distributed
 from ml_collections import ConfigDict
 
 from sg4v_jax import config as configs
+from sg4v_jax.convert import manifest
 from sg4v_jax.convert.orbax import CHECKPOINTS
 from sg4v_jax.parallel import distributed
 from sg4v_jax.train import loop
@@ -74,15 +76,28 @@ def run_config(tokenizer: str, dataset: str, processes: int = 1) -> ConfigDict:
 
 
 class Killer:
-    """Kills this process in the `count`-th of a phase, `delay` seconds after it began."""
+    """Kills this process in the `count`-th of a phase, `delay` seconds after it began.
+
+    Attributes:
+      process: which of the job's it is; see `run`.
+    """
+
+    process = 0
 
     def __init__(self, phase: str, count: int, delay: float):
         self._phase, self._count, self._delay = phase, count, delay
+        self._armed, self._saves = False, 0
 
     def begin(self, phase: str) -> None:
-        if phase == self._phase:
+        if self._armed and phase == "save":
+            # The delay is longer than was thought: the machine is not as busy as it was.
+            self._saves += 1
+            if self._saves == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if phase == self._phase and not self._armed:
             self._count -= 1
             if self._count == 0:
+                self._armed = True
                 threading.Thread(target=self._kill, daemon=True).start()
 
     def _kill(self) -> None:
@@ -159,6 +174,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, processes: int, killer: Kille
             }
         environments = [shared | {"SG4V_PROCESS_ID": str(i)} for i in range(processes)]
     victim, pids = random.randrange(processes), []
+    if killer is not None:
+        killer.process = victim
     for i, environment in enumerate(environments):
         pid = os.fork()
         if pid == 0:
@@ -224,15 +241,20 @@ def torment(
     event: dict[str, Any] = {}
     while killed < kills:
         done = steps(workdir)
-        if len(done) > 1 and killed % 4 == 3 and not event:
+        # A kill within a deletion leaves half of an old checkpoint, to which there is no going back.
+        whole = [step for step in done if not manifest.problems(workdir / CHECKPOINTS / str(step))]
+        if len(whole) > 1 and killed % 4 == 3 and not event:
             kind = DAMAGES[killed // 4 % len(DAMAGES)]
-            event["damaged"] = f"{done[-1]}: " + damage(workdir / CHECKPOINTS / str(done[-1]), kind)
-        # A life of which little is left to do would end before it is killed.
-        phase = "start" if done and done[-1] > STEPS - 4 else random.choice(PHASES)
-        count = 1 if phase == "start" else random.choice((1, 2, 3))
+            event["damaged"] = f"{whole[-1]}: " + damage(workdir / CHECKPOINTS / str(whole[-1]), kind)
+        phase, count = random.choice(PHASES), random.choice((1, 2, 3))
         delay = random.uniform(0, {"start": 10, "step": 1, "save": 1.5}[phase] * scale)
+        if done and done[-1] > STEPS - 6:
+            # Little is left to do: it must not end before it is killed.
+            phase, count, delay = "step", 1, 0
+        count = 1 if phase == "start" else count
         said = _size(log)
-        codes = run(config, workdir, processes, Killer(phase, count, delay))
+        killer = Killer(phase, count, delay)
+        codes = run(config, workdir, processes, killer)
         if codes[0] != -signal.SIGKILL:
             unmet += 1
             if unmet > MAX_UNMET or not _did_not_meet(log, said):
@@ -240,7 +262,12 @@ def torment(
             event["unmet"] = unmet
             continue
         killed, unmet = killed + 1, 0
-        event |= {"phase": phase, "delay": round(delay, 3), "checkpoints": steps(workdir)}
+        event |= {
+            "process": killer.process,
+            "phase": phase,
+            "delay": round(delay, 3),
+            "checkpoints": steps(workdir),
+        }
         story.append(event | {"unfinished": unfinished(workdir)})
         event = {}
         print(json.dumps(story[-1]), file=sys.stderr, flush=True)
@@ -268,6 +295,18 @@ def _did_not_meet(log: pathlib.Path, before: int) -> bool:
     """Whether what a log has said since it had `before` bytes is that processes did not meet in time."""
     said = log.read_bytes()[before:].decode(errors="replace")
     return any(sign in said for sign in UNMET)
+
+
+def tiny_world(directory: pathlib.Path) -> list[str]:
+    """Tokenizer and dataset of the tests' world. Another process builds it: this one has to fork."""
+    directory.mkdir()
+    script = (
+        "import pathlib, sys; from tests.conftest import write_tiny_world; "
+        "world = write_tiny_world(pathlib.Path(sys.argv[1])); "
+        "print(world.tokenizer, world.captions, sep='\\n')"
+    )
+    command = [sys.executable, "-c", script, os.fspath(directory)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-2:]
 
 
 def compare(output: pathlib.Path) -> int:
@@ -311,10 +350,7 @@ def main() -> None:
     random.seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     if not arguments.tokenizer:
-        from tests.conftest import write_tiny_world
-
-        world = write_tiny_world(arguments.output / "world")
-        arguments.tokenizer, arguments.dataset = os.fspath(world.tokenizer), os.fspath(world.captions)
+        arguments.tokenizer, arguments.dataset = tiny_world(arguments.output / "world")
     # All lives compile the same programs.
     for name, value in {
         "jax_platforms": "cpu",

@@ -64,11 +64,15 @@ def run_config(case: str, world: TinyWorld) -> ConfigDict:
 
 def saved(workdir: pathlib.Path, step: int) -> dict[str, dict[str, np.ndarray]]:
     """Parameters and optimizer state of a checkpoint, as they lie on the disk."""
-    with ocp.CheckpointManager((workdir / CHECKPOINTS).resolve(), item_names=("opt_state",)) as manager:
-        restored = manager.restore(step, args=ocp.args.Composite(opt_state=ocp.args.StandardRestore()))
+    path = (workdir / CHECKPOINTS / str(step) / "opt_state").resolve()
+    # As numpy arrays: it may have been saved by more processes and devices than there are here.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        leaves = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in leaves}
+        opt_state = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {
         "params": dict(groups.flatten(load_run(workdir, step).params)),
-        "opt_state": {name: np.asarray(leaf) for name, leaf in restored.opt_state.items()},
+        "opt_state": {name: np.asarray(leaf) for name, leaf in opt_state.items()},
     }
 
 

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import logging
 import pathlib
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,14 +19,9 @@ Shown = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_with_a_key(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_a_folder_with_a_key(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    logger = logging.getLogger("sg4v_jax")
-    handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
-    yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
 
 
 def sg4v(*argv: str) -> int:
