@@ -33,10 +33,6 @@ class Completing(Protocol):
     def prompt_tokens(self, prompt: Prompt) -> int: ...
 
 
-class _Closed(Exception):
-    """Ends the engine's call from within."""
-
-
 class Teacher:
     """Answers as `Endpoint` does. One thread runs the engine; what is asked joins what is under way."""
 
@@ -47,10 +43,9 @@ class Teacher:
         """
         self._engine, self._model = engine, model
         self._keys = itertools.count()
-        self._asked: queue.SimpleQueue[tuple[Request, Future[Result]] | None] = queue.SimpleQueue()
-        # Only the thread looks at these.
-        self._answering: dict[Any, Future[Result]] = {}
-        # Why nothing is answered any more; under the lock, so that nothing is asked after the last look.
+        self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._unanswered: dict[Any, Future[Result]] = {}
+        # Why nothing is answered any more. Under the lock, so that nothing is asked after the last look.
         self._over: EndpointError | None = None
         self._closing, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="teacher", daemon=True)
@@ -65,10 +60,13 @@ class Teacher:
         """
         request, prompt_tokens = await asyncio.to_thread(self._read, body)
         future: Future[Result] = Future()
+        # From now on it is answered, even if nobody waits for it any more.
+        future.set_running_or_notify_cancel()
         with self._lock:
             if self._over:
                 raise _again(self._over)
-            self._asked.put((request, future))
+            self._unanswered[request.key] = future
+            self._asked.put(request)
         result = await asyncio.wrap_future(future)
         answer = result.completion
         if answer is None:
@@ -83,7 +81,7 @@ class Teacher:
         )
 
     def close(self) -> None:
-        """Ends the thread after the device's present steps. What is under way gets no answer."""
+        """Ends the thread, with the next answer if some are under way; the others stay without one."""
         self._closing.set()
         self._asked.put(None)
         self._thread.join()
@@ -99,19 +97,15 @@ class Teacher:
         over = EndpointError("transient", "the teacher was closed")
         try:
             for result in self._engine.complete(self._requests()):
-                self._answering.pop(result.key).set_result(result)
-        except _Closed:
-            pass
+                self._unanswered.pop(result.key).set_result(result)
+                if self._closing.is_set():
+                    break
         except BaseException as error:
             logger.debug("the engine broke", exc_info=True)
             over = EndpointError("stop", f"the engine broke: {type(error).__name__}: {error}")
         with self._lock:
             self._over = over
-        unanswered = list(self._answering.values())
-        while not self._asked.empty():
-            if (asked := self._asked.get()) and asked[1].set_running_or_notify_cancel():
-                unanswered.append(asked[1])
-        for future in unanswered:
+        for future in self._unanswered.values():
             future.set_exception(_again(over))
 
     def _requests(self) -> Iterator[Request | None]:
@@ -120,18 +114,11 @@ class Teacher:
         The engine looks here between its steps: waiting would hold up the answers under way, and ending
         would let slots run empty until the last of them is done.
         """
-        while True:
+        while not self._closing.is_set():
             try:
-                asked = self._asked.get(block=not self._answering)
+                yield self._asked.get(block=not self._unanswered)
             except queue.Empty:
-                asked = None
-            if self._closing.is_set():
-                raise _Closed
-            if asked is None:
                 yield None
-            elif asked[1].set_running_or_notify_cancel():  # Nobody may want it any more.
-                self._answering[asked[0].key] = asked[1]
-                yield asked[0]
 
 
 def teacher_name(directory: str, described: Mapping[str, object]) -> str:
