@@ -57,6 +57,9 @@ def _add_guards(group: Any) -> None:
 def _add_failures(group: Any) -> None:
     group.add_argument("--max-failed", default="5%", help="a number or a part; more of them stop the run")
     group.add_argument("--retry-failed", action="store_true", help="try those of earlier runs again")
+    group.add_argument(
+        "--retry-changed", action="store_true", help="read all images again, and caption those that changed"
+    )
     group.add_argument("--max-image-bytes", type=int, default=50_000_000)
 
 
@@ -115,6 +118,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         "parquet",
         "max_failed",
         "retry_failed",
+        "retry_changed",
         "max_image_bytes",
         "lease_seconds",
     )

@@ -5,7 +5,9 @@ import os
 import sys
 from typing import Any
 
-from sg4v_jax.commands.common import add_command, progress_bar
+from sg4v_jax.commands.common import add_command, add_engine, make_engine, progress_bar
+
+_OPENAI = "https://api.openai.com/v1"
 
 
 def add(commands: Any) -> None:
@@ -14,22 +16,26 @@ def add(commands: Any) -> None:
         commands,
         "collect",
         run,
-        "Collects dense captions from GPT4-Vision or any endpoint that speaks its protocol. Goes on where "
-        "it was cut off; what was answered once is never asked again.",
+        "Collects dense captions from GPT4-Vision, any endpoint that speaks its protocol, or a model of "
+        "ours. Goes on where it was cut off; what was answered once is never asked again.",
         "  sg4v collect --images data --output collected --endpoint https://api.openai.com/v1 \\\n"
-        "    --model gpt-4o --rpm 500 --tpm 300000 --price-in 2.5 --price-out 10 --budget 20",
+        "    --model gpt-4o --rpm 500 --tpm 300000 --price-in 2.5 --price-out 10 --budget 20\n"
+        "  sg4v collect --images data --output collected --teacher runs/captioner",
     )
     parser.add_argument("--images", required=True, help="a folder, or a JSON list of paths")
     parser.add_argument("--image-root", help="what the paths of a JSON list are relative to")
     parser.add_argument("--output", required=True, help="folder for results.jsonl and captions.json")
-    parser.add_argument("--endpoint", default="https://api.openai.com/v1", help="base URL")
-    parser.add_argument("--model", required=True, help="name of the model there")
+    parser.add_argument("--endpoint", help=f"base URL; default: {_OPENAI}")
+    parser.add_argument("--model", help="name of the model there")
+    parser.add_argument("--teacher", help="instead of both, a model directory as for `sg4v caption`")
     parser.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the key")
     parser.add_argument("--dry-run", action="store_true", help="only say what it would ask and cost")
     parser.add_argument("--retry-failed", action="store_true", help="ask again what failed for good")
     _add_questions(parser.add_argument_group("what to ask"))
     _add_pace(parser.add_argument_group("how fast, and for how much"))
     _add_filters(parser.add_argument_group("what to take"))
+    # As many as there are workers: each has one request under way.
+    add_engine(parser.add_argument_group("how the teacher computes"), slots=8)
     batch = parser.add_argument_group("batch APIs")
     batch.add_argument(
         "--batch", choices=("write", "read", "forget"), help="request files, instead of asking"
@@ -79,10 +85,14 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     from sg4v_jax.caption.corpus.inputs import list_images
 
     images = list_images(arguments.images)
+    _check_teacher(arguments)
     folder = arguments.images if os.path.isdir(arguments.images) else os.path.dirname(arguments.images)
-    root, settings = arguments.image_root or folder or ".", _settings(arguments)
+    root = arguments.image_root or folder or "."
     if bool(arguments.files) != (arguments.batch in ("read", "forget")):
         raise ValueError("files go with --batch read or --batch forget, and those with files")
+    settings, engine = _settings(arguments), None
+    if arguments.teacher:
+        settings, engine = _load_teacher(arguments, settings)
     bar = progress_bar("chunks of images")
     with open_collection(images, root, arguments.output, settings, progress=bar) as collection:
         if arguments.retry_failed:
@@ -91,7 +101,7 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         print(collection.estimate())
         if arguments.dry_run:
             return
-        stop = _batch(arguments, collection) if arguments.batch else _ask(arguments, collection)
+        stop = _batch(arguments, collection) if arguments.batch else _ask(arguments, collection, engine)
         summary = collection.write_outputs()
         print(_report(collection, summary))
     if stop.is_error:
@@ -101,6 +111,27 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     if summary.pending:
         print(f"{summary.pending} images are still to be asked about; the same command does it")
         raise SystemExit(1)  # So that what comes next in a script doesn't take this for all.
+
+
+def _check_teacher(arguments: argparse.Namespace) -> None:
+    if bool(arguments.teacher) == bool(arguments.model):
+        raise ValueError("give --model, an endpoint's name of it, or --teacher, a model directory")
+    for name in ("endpoint", "batch", "price_in", "price_out", "budget") if arguments.teacher else ():
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is of an endpoint: leave it out with --teacher")
+
+
+def _load_teacher(arguments: argparse.Namespace, settings: Any) -> tuple[Any, Any]:
+    """(settings with the model's name, engine)."""
+    import dataclasses
+
+    from sg4v_jax.caption.collect.teacher import teacher_name
+    from sg4v_jax.caption.corpus.job import describe_model
+
+    engine = make_engine(arguments.teacher, arguments)
+    computed = {name: getattr(arguments, name) for name in ("dtype", "weights", "kv")}
+    name = teacher_name(arguments.teacher, describe_model(engine.bundle, **computed))
+    return dataclasses.replace(settings, model=name), engine
 
 
 def _settings(arguments: argparse.Namespace) -> Any:
@@ -120,7 +151,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         raise ValueError(f"--extra-body {arguments.extra_body!r}: {error}") from error
     prompts = load_prompts(arguments.prompts, arguments.source_map)
     return Settings(
-        model=arguments.model,
+        model=arguments.teacher or arguments.model,
         prompts=prompts,
         request=RequestOptions(
             detail=arguments.detail,
@@ -140,15 +171,22 @@ def _settings(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _ask(arguments: argparse.Namespace, collection: Any) -> Any:
-    import asyncio
-
-    from sg4v_jax.caption.collect.collector import Collector, Pace
+def _endpoint(arguments: argparse.Namespace) -> Any:
     from sg4v_jax.caption.collect.endpoint import Endpoint
 
     key = os.environ.get(arguments.key_env, "").strip()
     if not key:
         print(f"{arguments.key_env} is not set: asking without a key", file=sys.stderr)
+    url = _OPENAI if arguments.endpoint is None else arguments.endpoint
+    return Endpoint(url, key, timeout=arguments.timeout, workers=arguments.workers)
+
+
+def _ask(arguments: argparse.Namespace, collection: Any, engine: Any) -> Any:
+    import asyncio
+
+    from sg4v_jax.caption.collect.collector import Collector, Pace
+    from sg4v_jax.caption.collect.teacher import Teacher
+
     pace = Pace(
         workers=arguments.workers,
         rpm=arguments.rpm,
@@ -157,7 +195,7 @@ def _ask(arguments: argparse.Namespace, collection: Any) -> Any:
         backoff=arguments.backoff,
         stop_after=arguments.stop_after,
     )
-    endpoint = Endpoint(arguments.endpoint, key, timeout=arguments.timeout, workers=arguments.workers)
+    endpoint = Teacher(engine, collection.settings.model) if engine else _endpoint(arguments)
     bar = progress_bar("items")(total=len(collection.todo()))
 
     def show(collection: Any) -> None:

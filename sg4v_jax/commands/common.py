@@ -54,6 +54,11 @@ def add_sampling(
     parser.add_argument(
         "--stop", action="append", default=[], help="text that ends an answer; may be repeated"
     )
+    add_engine(parser, slots)
+
+
+def add_engine(parser: Any, slots: int) -> None:
+    """Flags of the engine itself."""
     parser.add_argument("--dtype", default="bfloat16", help="what to compute in")
     parser.add_argument("--weights", choices=("float", "int8"), default="float")
     parser.add_argument("--kv", choices=("float", "int8"), default="float", help="keys and values")
@@ -64,12 +69,7 @@ def add_sampling(
 
 def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(engine, sampling options) that the flags of `add_sampling` ask for; each process has its own."""
-    import jax
-
-    from sg4v_jax.convert.load import load_model
-    from sg4v_jax.infer.engine import Engine
-    from sg4v_jax.infer.sampling import SamplingOptions
-    from sg4v_jax.parallel.mesh import make_mesh
+    from sg4v_jax.infer.options import SamplingOptions
 
     options = SamplingOptions(
         max_new_tokens=arguments.max_new_tokens,
@@ -84,18 +84,29 @@ def load_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
         length_penalty=arguments.length_penalty,
         stop=tuple(arguments.stop),
     )
+    return make_engine(arguments.model, arguments, arguments.num_beams), options
+
+
+def make_engine(model: str, arguments: argparse.Namespace, num_beams: int = 1) -> Any:
+    """The engine that the flags of `add_engine` ask for, with the model of a directory."""
+    import jax
+
+    from sg4v_jax.convert.load import load_model
+    from sg4v_jax.infer.engine import Engine
+    from sg4v_jax.parallel.mesh import make_mesh
+
     # Each process has its own work, and its own devices.
     mesh = make_mesh(data=-1, fsdp=1, tensor=arguments.tensor, devices=jax.local_devices())
     engine = Engine(
-        load_model(arguments.model),
+        load_model(model),
         mesh,
         arguments.dtype,
         weights=arguments.weights,
         kv=arguments.kv,
         slots=arguments.slots,
-        num_beams=arguments.num_beams,
+        num_beams=num_beams,
         capacity=arguments.capacity,
     )
     if jax.process_index() == 0:
         print(engine.memory.describe(), file=sys.stderr)
-    return engine, options
+    return engine

@@ -110,12 +110,13 @@ class Engine:
         self.stats = Stats(self._device.groups)
         self._busy = False
 
-    def complete(self, requests: Iterable[Request]) -> Iterator[Result]:
+    def complete(self, requests: Iterable[Request | None]) -> Iterator[Result]:
         """Answers requests, in the order in which the answers are done.
 
         Args:
           requests: any number; pulled as there is room for them, never more than the slots and a few
-            batches of prefilling ahead of what is answered.
+            batches of prefilling ahead of what is answered. None says that there is nothing for now:
+            whoever waits for requests to come gives it as long as answers are under way.
 
         A request that can't be answered (an image that can't be read, too many tokens) gives a result
         that says why. An answer depends on nothing but its request.
@@ -168,18 +169,26 @@ class Engine:
                 if running and (not batch or len(running) > 1):
                     yield from self._read_scores(*running.popleft())
 
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """Positions that a prompt takes, image features included.
+
+        Raises:
+          ValueError: if the prompt can't be answered.
+        """
+        return len(self._preparer.encode(prompt))
+
     def _read_scores(self, batch: list[Prepared[ScoreRequest]], scores: jax.Array) -> Iterator[ScoreResult]:
         for prepared, row in zip(batch, np.asarray(scores), strict=False):
             lengths = tuple(map(len, prepared.choices))
             yield ScoreResult(prepared.request.key, tuple(row[: len(lengths)].tolist()), lengths, "")
 
-    def _run(self, requests: Iterable[Request]) -> Iterator[Answer | Result]:
+    def _run(self, requests: Iterable[Request | None]) -> Iterator[Answer | Result]:
         """Yields answers whenever they have grown, and results of requests that can't have one."""
         with self._queue(requests) as queue:
             yield from _Run(self, queue).answers()
 
     @contextlib.contextmanager
-    def _queue(self, requests: Iterable[AnyRequest]) -> Iterator[Queue[AnyRequest]]:
+    def _queue(self, requests: Iterable[AnyRequest | None]) -> Iterator[Queue[AnyRequest]]:
         """The engine is one call's alone."""
         if self._busy:
             raise RuntimeError("the engine is in the midst of another call; finish or close that first")

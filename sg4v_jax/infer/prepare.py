@@ -79,7 +79,7 @@ class Preparer:
             return Prepared(request, empty, empty, (), Bucket(0, 0), message or type(error).__name__)
 
     def _prepare(self, request: AnyRequest) -> Prepared[AnyRequest]:
-        tokens = self._encode(request.prompt)
+        tokens = self.encode(request.prompt)
         if isinstance(request, ScoreRequest):
             choices = self._choices(request)
             new = max(map(len, choices))
@@ -108,7 +108,8 @@ class Preparer:
         )
         return Prepared(request, tokens, self._pixels(request.prompt), choices, bucket)
 
-    def _encode(self, prompt: Prompt) -> np.ndarray:
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """int32[n], -1 where an image feature goes; ValueError for what is no prompt."""
         has_images = bool(prompt.images)
         turns = place_images(prompt.turns) if has_images else prompt.turns
         template = get_template(prompt.template) if prompt.template else self._template

@@ -17,12 +17,12 @@ class Queue(Generic[AnyRequest]):
 
     def __init__(
         self,
-        requests: Iterable[AnyRequest],
+        requests: Iterable[AnyRequest | None],
         prepare: Callable[[AnyRequest], Prepared[AnyRequest]],
         ahead: int,
     ):
         self.ahead = ahead
-        self._source: Iterator[AnyRequest] = iter(requests)
+        self._source: Iterator[AnyRequest | None] = iter(requests)
         self._exhausted = False
         self._prepare: Callable[[AnyRequest], Prepared[AnyRequest]] = prepare
         # Decoding and resizing images releases the interpreter's lock for most of the time.
@@ -38,6 +38,8 @@ class Queue(Generic[AnyRequest]):
             except StopIteration:
                 self._exhausted = True
             else:
+                if request is None:  # Nothing for now: what is in the slots goes on.
+                    break
                 self._pending.append(self._threads.submit(self._prepare, request))
         done = [future.result() for future in self._pending if future.done()]
         self._pending = [future for future in self._pending if not future.done()]

@@ -1,25 +1,14 @@
 """What can be wrong with a caption that a decoder wrote: loops, ends in mid-sentence, nothing at all."""
 
 import dataclasses
-import re
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from sg4v_jax.caption.flaws import ends_whole, repeats
 from sg4v_jax.infer.options import SamplingOptions
 from sg4v_jax.infer.request import Completion
 
 # In the order of how bad they are.
 FLAGS = ("empty", "repetition", "truncated")
-# The longest unit that is looked for, in tokens, and what counts as a loop: the unit this many times in a
-# row, and this many tokens of it. Fewer are "ha ha ha", or three rows of a table.
-_LONGEST_UNIT, _TIMES, _TOKENS = 96, 4, 12
-# A sentence of this many words said this many times is a loop with something in between.
-_SENTENCE_WORDS, _SENTENCE_TIMES = 4, 3
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
-_WHOLE_SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)\]*]*$")
 # Another number for each attempt, far from those of other images.
 _SEED_STEP = 0x9E3779B9
 
@@ -80,8 +69,8 @@ def flags_of(completion: Completion) -> tuple[str, ...]:
     text = completion.text.strip()
     found = {
         "empty": not text,
-        "repetition": loops(completion.tokens) or _repeats_a_sentence(text),
-        "truncated": bool(text) and (not completion.finished or not _WHOLE_SENTENCE.search(text)),
+        "repetition": repeats(text, completion.tokens),
+        "truncated": bool(text) and not (completion.finished and ends_whole(text)),
     }
     return tuple(flag for flag in FLAGS if found[flag])
 
@@ -89,23 +78,3 @@ def flags_of(completion: Completion) -> tuple[str, ...]:
 def badness(flags: tuple[str, ...]) -> tuple[int, ...]:
     """Worse is greater: no caption, then a loop, then an end that is missing."""
     return tuple(int(flag in flags) for flag in FLAGS)
-
-
-def loops(tokens: Sequence[int]) -> bool:
-    """Whether some unit of tokens comes again and again, anywhere: `_TIMES` in a row at least."""
-    ids = np.asarray(tokens)
-    for period in range(1, min(_LONGEST_UNIT, len(ids) // _TIMES) + 1):
-        # So many tokens in a row are what they were a period before.
-        needed = max(period * (_TIMES - 1), _TOKENS - period)
-        same = ids[period:] == ids[:-period]
-        if same.sum() >= needed:
-            breaks = np.flatnonzero(np.concatenate([[True], ~same, [True]]))
-            if np.diff(breaks).max() > needed:
-                return True
-    return False
-
-
-def _repeats_a_sentence(text: str) -> bool:
-    sentences = (" ".join(sentence.lower().split()) for sentence in _SENTENCE_END.split(text))
-    counts = Counter(sentence for sentence in sentences if len(sentence.split()) >= _SENTENCE_WORDS)
-    return any(count >= _SENTENCE_TIMES for count in counts.values())

@@ -45,12 +45,14 @@ class CorpusImage:
     Attributes:
       name: see `Entry`.
       data: its encoded bytes.
+      sha256: of these bytes; "" without them.
       kind: what is wrong with it, one of `data.defects.KINDS`; "" if nothing is.
       error: the same in words.
     """
 
     name: str
     data: bytes = b""
+    sha256: str = ""
     kind: str = ""
     error: str = ""
 
@@ -93,7 +95,7 @@ class Corpus(abc.ABC):
                 return CorpusImage(name, kind="huge_image", error=message)
             data = entry.read()
             inspect_image(data, name, decode=False)
-            return CorpusImage(name, data)
+            return CorpusImage(name, data, hashlib.sha256(data).hexdigest())
         except (ImageError, RecordError) as error:
             return CorpusImage(name, kind=getattr(error, "kind", "unreadable_image"), error=str(error))
         except OSError as error:

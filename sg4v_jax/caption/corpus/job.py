@@ -21,7 +21,7 @@ from sg4v_jax.infer.options import SamplingOptions
 JOB = "job.json"
 # What the original's captioner was trained and asked with (spec 2.2); also in configs/captioner.py.
 DEFAULT_PROMPT = "Analyze the image in a comprehensive and detailed manner."
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Settings:
       drop_flagged: leaves flagged captions out of what is trained on.
       parquet: also writes all lines as one Parquet file.
       retry_failed: tries images again that failed in earlier runs.
+      retry_changed: captions images again whose bytes are others than in earlier runs; reads them all.
       lease_seconds: silence after which other machines take this process for dead.
       read_ahead: images read before the engine asks for them.
     """
@@ -51,6 +52,7 @@ class Settings:
     drop_flagged: bool = False
     parquet: bool = False
     retry_failed: bool = False
+    retry_changed: bool = False
     lease_seconds: float = 120.0
     read_ahead: int = 32
 

@@ -49,11 +49,14 @@ class Summary:
         return f"{self.records}: {', '.join(parts)}"
 
 
-def caption_line(name: str, completion: Completion, flags: tuple[str, ...], attempts: int) -> Line:
-    """The line of an image with a caption."""
+def caption_line(
+    name: str, sha256: str, completion: Completion, flags: tuple[str, ...], attempts: int
+) -> Line:
+    """The line of an image with a caption, and of which bytes it is the caption."""
     probability = completion.log_probability
     return {
         "image": name,
+        "image_sha256": sha256,
         "caption": completion.text.strip(),
         "finished": completion.finished,
         "stop": completion.stop,
@@ -128,6 +131,7 @@ def write_parquet(shards: Shards, images: int, shard_size: int) -> None:
 
     kinds = {
         "image": pyarrow.string(),
+        "image_sha256": pyarrow.string(),
         "caption": pyarrow.string(),
         "finished": pyarrow.bool_(),
         "stop": pyarrow.string(),

@@ -113,15 +113,21 @@ def caption_corpus(
     )
 
 
+@dataclasses.dataclass
 class _Shard:
-    """A shard under way: what is there of it, and what is not."""
+    """A shard under way.
 
-    def __init__(self, claim: Claim, indices: range, lines: dict[int, Line]):
-        self.claim, self.indices, self.lines = claim, indices, lines
+    Attributes:
+      claim: on it.
+      indices: of its images.
+      known: captions of earlier runs, by index and SHA-256 of the image that they are of.
+      lines: what is there of the shard, by index.
+    """
 
-    @property
-    def todo(self) -> list[int]:
-        return [index for index in self.indices if index not in self.lines]
+    claim: Claim
+    indices: range
+    known: dict[tuple[int, str], Line]
+    lines: dict[int, Line] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -130,7 +136,7 @@ class _Attempt:
 
     shard: _Shard
     index: int
-    name: str
+    image: CorpusImage
     prompt: Prompt
     number: int = 0
     flag: str = ""
@@ -166,7 +172,9 @@ class _Run:
 
     def work(self) -> None:
         """Until every shard is finished, by whomever."""
-        if self._settings.retry_failed:
+        if self._settings.retry_changed:
+            self._reopen = self._shards.finished()
+        elif self._settings.retry_failed:
             self._reopen = {shard for shard in self._shards.finished() if self._failures(shard)}
         self._count_finished()
         self._done_before = self._done()
@@ -205,9 +213,11 @@ class _Run:
             shard, index, image = following
             if image.error:
                 self._put(shard, index, outputs.failure_line(image.name, image.kind, image.error))
+            elif known := shard.known.get((index, image.sha256)):
+                self._put(shard, index, known, new=False)
             else:
                 prompt = Prompt(self._turns, (image.data,))
-                yield self._request(_Attempt(shard, index, image.name, prompt))
+                yield self._request(_Attempt(shard, index, image, prompt))
 
     def _request(self, attempt: _Attempt) -> Request:
         with self._lock:
@@ -243,28 +253,23 @@ class _Run:
             if claim is None:
                 return
             shard = self._resume(claim)
-            todo = shard.todo
-            if not todo:
-                self._finish(shard)
-            for index in todo:
+            for index in shard.indices:
                 yield shard, index
 
     def _resume(self, claim: Claim) -> _Shard:
-        """A shard with what is known of it already."""
+        """A shard with what is known of it already; its images are read again, for they may be others."""
         size = self._settings.shard_size
         indices = range(claim.shard * size, min((claim.shard + 1) * size, len(self._corpus)))
         found = [*claim.found]
         if claim.shard in self._reopen:
             finished = outputs.read_shard(self._shards.path(claim.shard))
             found += [line | {"index": index} for index, line in zip(indices, finished, strict=True)]
-        lines: dict[int, Line] = {}
+        known: dict[tuple[int, str], Line] = {}
         for line in found:
             # Failures are tried again: they may have been the disk's. The first caption stays.
-            if "error" not in line and line["index"] in indices:
-                lines.setdefault(line.pop("index"), line)
-        with self._lock:
-            self._partial += len(lines)
-        return _Shard(claim, indices, lines)
+            if "error" not in line:
+                known.setdefault((line.pop("index"), line["image_sha256"]), line)
+        return _Shard(claim, indices, known)
 
     # --- Results -----------------------------------------------------------------------------------
 
@@ -273,7 +278,7 @@ class _Run:
             attempt = self._under_way.pop(result.key)
         completion = result.completion
         if completion is None and attempt.best is None:
-            self._put(attempt.shard, attempt.index, _not_answered(attempt, result.error))
+            self._put(attempt.shard, attempt.index, _not_answered(attempt.image, result.error))
             return
         candidates = [attempt.best] if attempt.best else []
         if completion is not None:
@@ -285,16 +290,20 @@ class _Run:
             following = dataclasses.replace(attempt, number=attempt.number + 1, flag=flag, best=best)
             self._again.append(following)
             return
-        line = outputs.caption_line(attempt.name, best[1], best[0], attempts=attempt.number + 1)
+        name, sha256 = attempt.image.name, attempt.image.sha256
+        line = outputs.caption_line(name, sha256, best[1], best[0], attempts=attempt.number + 1)
         with self._lock:
             self._flagged.update(best[0])
         self._put(attempt.shard, attempt.index, line)
 
-    def _put(self, shard: _Shard, index: int, line: Line) -> None:
+    def _put(self, shard: _Shard, index: int, line: Line, new: bool = True) -> None:
         with self._lock:
             if self._abandoned(shard):
                 return
-            shard.claim.append({"index": index} | line)
+            if new:
+                shard.claim.append({"index": index} | line)
+            else:
+                self._done_before += 1
             shard.lines[index] = line
             self._partial += 1
             if "error" in line:
@@ -375,10 +384,10 @@ class _Run:
         )
 
 
-def _not_answered(attempt: _Attempt, error: str) -> Line:
+def _not_answered(image: CorpusImage, error: str) -> Line:
     """Says what is wrong with the image, if that is why there is no answer."""
     try:
-        inspect_image(attempt.prompt.images[0], attempt.name)
+        inspect_image(image.data, image.name)
     except ImageError as found:
-        return outputs.failure_line(attempt.name, getattr(found, "kind", ""), str(found))
-    return outputs.failure_line(attempt.name, "not_answered", f"{attempt.name}: {error}")
+        return outputs.failure_line(image.name, getattr(found, "kind", ""), str(found))
+    return outputs.failure_line(image.name, "not_answered", f"{image.name}: {error}")

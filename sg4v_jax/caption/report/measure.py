@@ -10,17 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from sg4v_jax.caption import flaws
 from sg4v_jax.caption.collect.filters import refuses
 from sg4v_jax.caption.report.captions import Caption, Skipped, caption_files, read_captions
 from sg4v_jax.caption.report.phrases import KINDS, count_phrases, tokenize
 from sg4v_jax.data.sources import release_of, source_of
 
-# How a caption ends that has come to its end: a mark, and quotes or brackets after it.
+# The end of a sentence: a mark, and quotes or brackets after it.
 _END = re.compile(r"[.!?…。！？]+[\"”'’)\]*]*(?=\s|$)")
-_ENDED = re.compile(r"[.!?…。！？][\"”'’)\]*]*$")
-# A loop: the same run of up to 60 words back to back, three times over and six words long.
-_LONGEST_PERIOD, _REPEATS, _LEAST_WORDS = 60, 3, 6
-_SENTENCE_WORDS = 4  # shorter sentences may well come twice
 _BLOCK = 4096
 
 FLAGS = {
@@ -28,8 +25,8 @@ FLAGS = {
     "refusal": "begins like a refusal or an apology",
     "cut off": "the file says that it was not finished",
     "open end": "does not end with the end of a sentence",
-    "loop": f"the same words {_REPEATS} times or more back to back, {_LEAST_WORDS} words or more",
-    "same sentence": f"a sentence of {_SENTENCE_WORDS} words or more comes again",
+    "repetition": f"the same words {flaws.TIMES} times or more back to back ({flaws.LEAST} words or more), "
+    f"or a sentence of {flaws.SENTENCE_WORDS} words or more {flaws.SENTENCE_TIMES} times",
 }
 COLUMNS = np.dtype(
     [
@@ -123,58 +120,23 @@ def numbers(caption: Caption) -> tuple[int, ...]:
     sentences = _END.split(text)
     if not sentences[-1].strip():
         sentences.pop()
-    trigrams, repeated, loop = _repetition(tokens)
+    trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
     flags = {
         "empty": not text,
         "refusal": refuses(text),
         "cut off": caption.finished is False,
-        "open end": bool(text) and not _ENDED.search(text),
-        "loop": loop,
-        "same sentence": _says_again(sentences),
+        "open end": bool(text) and not flaws.ends_whole(text),
+        "repetition": flaws.repeats(text, tokens),
     }
     return (
         len(text),
         len(text.split()),
         len(sentences),
-        trigrams,
-        repeated,
+        len(trigrams),
+        len(trigrams) - len(set(trigrams)),
         *(min(count, 65535) for count in count_phrases(text, tokens)),
         *(flags[name] for name in FLAGS),
     )
-
-
-def _repetition(tokens: Sequence[str]) -> tuple[int, int, bool]:
-    """(trigrams, those that were there before, whether there is a loop)."""
-    seen: dict[tuple[str, str, str], list[int]] = {}
-    trigrams, loop = max(0, len(tokens) - 2), False
-    for index, trigram in enumerate(zip(tokens, tokens[1:], tokens[2:], strict=False)):
-        if trigram not in seen:
-            seen[trigram] = [index]
-            continue
-        # The trigram that a loop begins with is there again after one period.
-        near = (before for before in seen[trigram] if index - before <= _LONGEST_PERIOD)
-        loop = loop or any(_is_loop(tokens, before, index - before) for before in near)
-        seen[trigram].append(index)
-    return trigrams, trigrams - len(seen), loop
-
-
-def _is_loop(tokens: Sequence[str], start: int, period: int) -> bool:
-    """Whether the words from `start` on go on with this period for long enough."""
-    end = start + max(_REPEATS * period, _LEAST_WORDS)
-    if end > len(tokens):
-        return False
-    return all(tokens[i] == tokens[i + period] for i in range(start, end - period))
-
-
-def _says_again(sentences: Sequence[str]) -> bool:
-    seen: set[str] = set()
-    for sentence in sentences:
-        words = sentence.lower().split()
-        said = " ".join(words)
-        if len(words) >= _SENTENCE_WORDS and said in seen:
-            return True
-        seen.add(said)
-    return False
 
 
 def hash_text(text: str) -> int:

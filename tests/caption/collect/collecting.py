@@ -3,7 +3,6 @@
 import asyncio
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,12 +51,6 @@ def collect(
         return collection.write_outputs(), stop, collection.ledger
 
 
-def main(root: str, output: str, url: str) -> None:
-    """One run in a process of its own, that may be killed."""
-    images = sorted(path.relative_to(root).as_posix() for path in pathlib.Path(root).rglob("*.png"))
-    collect(images, pathlib.Path(root), pathlib.Path(output), url, pace=Pace(workers=4, backoff=0.02))
-
-
 def lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
@@ -66,7 +59,3 @@ def captions(output: pathlib.Path) -> dict[str, str]:
     """Image -> caption, of the LLaVA-format output."""
     records = json.loads((output / "captions.json").read_text())
     return {record["image"]: record["conversations"][1]["value"] for record in records}
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

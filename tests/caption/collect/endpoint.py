@@ -60,6 +60,7 @@ class Asked:
     body: dict[str, Any]
     headers: dict[str, str]
     path: str
+    answered: bool = False
 
     @property
     def image(self) -> bytes:
@@ -78,6 +79,7 @@ class FaultyEndpoint:
     Attributes:
       faults: SHA-256 of an image's bytes -> faults; "*" for any other image.
       asked: all requests so far.
+      given: how they were answered.
       most_at_once: the largest number of requests that were under way together.
       delay: seconds that every answer takes.
     """
@@ -85,6 +87,7 @@ class FaultyEndpoint:
     url: str = ""
     faults: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     asked: list[Asked] = dataclasses.field(default_factory=list)
+    given: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     most_at_once: int = 0
     delay: float = 0.0
     _at_once: int = 0
@@ -95,7 +98,10 @@ class FaultyEndpoint:
         with self._lock:
             self.asked.append(asked)
             faults = self.faults.get(asked.sha256, self.faults.get("*", []))
-            return faults.pop(0) if faults else "good"
+            fault = faults.pop(0) if faults else "good"
+            self.given[fault] += 1
+            asked.answered = fault not in (*UNPAID, "timeout", "drop", "reset")
+            return fault
 
     def count(self) -> collections.Counter[str]:
         """Requests by image."""

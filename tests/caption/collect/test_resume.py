@@ -8,7 +8,6 @@ import pathlib
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -18,29 +17,11 @@ from sg4v_jax.caption.collect.collection import open_collection
 from sg4v_jax.caption.collect.collector import Collector, Pace
 from sg4v_jax.caption.collect.endpoint import Endpoint
 from sg4v_jax.caption.collect.journal import Journal, locked
+from tests.caption.collect import faults
 from tests.caption.collect.collecting import captions, collect, lines, settings
-from tests.caption.collect.endpoint import KEY, MODEL, FaultyEndpoint, caption_for
+from tests.caption.collect.endpoint import FaultyEndpoint
 
 Images = dict[str, str]
-WORKERS = 4
-
-
-def start(*argv: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, argv)],
-        env=os.environ | {"OPENAI_API_KEY": KEY},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def start_command(
-    endpoint: FaultyEndpoint, root: pathlib.Path, output: pathlib.Path
-) -> subprocess.Popen[str]:
-    argv = ["--images", root, "--output", output, "--endpoint", endpoint.url, "--model", MODEL]
-    options = [f"--workers={WORKERS}", "--backoff=0.02", "--price-in=10", "--price-out=30", "--debug"]
-    return start("sg4v_jax", "collect", *argv, *options)
 
 
 def wait_for(process: subprocess.Popen[str], endpoint: FaultyEndpoint, requests: int) -> None:
@@ -49,42 +30,9 @@ def wait_for(process: subprocess.Popen[str], endpoint: FaultyEndpoint, requests:
         time.sleep(0.002)
 
 
-def test_killed_by_the_system(
-    endpoint: FaultyEndpoint, images: Images, root: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    """SIGKILL after some requests, in the middle of others, six times; then the command to the end."""
-    output, said = tmp_path / "out", []
-    shas = list(images.values())
-    for number, faults in enumerate((["refusal"], ["500", "empty"], ["truncated"], ["429", "drop"])):
-        endpoint.faults[shas[5 * number]] = faults
-    endpoint.delay = 0.01
-    kills = (1, 4, 9, 13, 18, 23)
-    for requests in kills:
-        process = start("tests.caption.collect.collecting", root, output, endpoint.url)
-        wait_for(process, endpoint, requests)
-        process.send_signal(signal.SIGKILL)
-        said.append(process.communicate()[0])
-        assert process.returncode == -signal.SIGKILL
-    process = start_command(endpoint, root, output)
-    said.append(process.communicate()[0])
-    assert process.returncode == 0, said[-1]
-
-    assert captions(output) == {path: caption_for(sha256) for path, sha256 in images.items()}
-    results = lines(output / "results.jsonl")
-    answers = [line for line in results if line["event"] == "answer"]
-    errors = [line for line in results if line["event"] == "error"]
-    asks = sum(line["event"] == "ask" for line in results)
-    accepted = [line["id"] for line in answers if line["verdict"] == "accepted"]
-    assert len(accepted) == len(set(accepted)) == len(images), "no answer was asked for twice"
-    # Only what had no outcome on disk was asked again, and that is no more than was under way.
-    cut_off = asks - len(answers) - len(errors)
-    assert 0 < cut_off <= len(kills) * WORKERS
-    assert asks - cut_off <= len(endpoint.asked) <= asks
-    unconfirmed = cut_off + sum(line["may_be_paid"] for line in errors)
-    assert f"not in it: {unconfirmed} requests without an answer that may be billed" in said[-1]
-    assert KEY not in "".join(said)
-    for path in output.rglob("*"):
-        assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
+def test_killed_among_faults(tmp_path: pathlib.Path) -> None:
+    """SIGKILL after some requests, in the midst of others; `faults.py` makes sure of the rest."""
+    print(faults.run(tmp_path, images=16, kills=3))
 
 
 def test_a_signal_ends_the_run_in_order(
@@ -92,7 +40,7 @@ def test_a_signal_ends_the_run_in_order(
 ) -> None:
     """What is under way is waited for; nothing is left open, so nothing can be paid twice."""
     endpoint.delay = 0.05
-    process = start_command(endpoint, root, tmp_path / "out")
+    process = faults.start(root, tmp_path / "out", endpoint.url)
     wait_for(process, endpoint, 6)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[0]
@@ -100,7 +48,7 @@ def test_a_signal_ends_the_run_in_order(
     results = lines(tmp_path / "out/results.jsonl")
     answers = sum(line["event"] == "answer" for line in results)
     assert answers == sum(line["event"] == "ask" for line in results) == len(endpoint.asked)
-    assert 6 <= answers <= 6 + 2 * WORKERS and len(captions(tmp_path / "out")) == answers
+    assert 6 <= answers <= 6 + 2 * faults.WORKERS and len(captions(tmp_path / "out")) == answers
     assert collect(images, root, tmp_path / "out", endpoint.url)[0].captioned == len(images)
     assert len(endpoint.asked) == len(images)
 

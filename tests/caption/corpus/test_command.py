@@ -36,6 +36,7 @@ SETTINGS = {
     "parquet": True,
     "max_failed": "3",
     "retry_failed": True,
+    "retry_changed": True,
     "max_image_bytes": 1234,
     "lease_seconds": 7.5,
 }

@@ -1,10 +1,8 @@
 """Loops and ends in mid-sentence are found, and ordinary captions are left alone."""
 
-import random
-
 import pytest
 
-from sg4v_jax.caption.corpus.guards import FLAGS, Guards, flags_of, loops
+from sg4v_jax.caption.corpus.guards import FLAGS, Guards, flags_of
 from sg4v_jax.infer.options import SamplingOptions
 from sg4v_jax.infer.request import Completion
 
@@ -45,33 +43,6 @@ def completion(text: str, finished: bool = True) -> Completion:
 def test_flags(text: str, finished: bool, flags: tuple[str, ...]) -> None:
     assert flags_of(completion(text, finished)) == flags
     assert set(flags) <= set(FLAGS)
-
-
-def naive_loops(tokens: list[int]) -> bool:
-    """The rule as it is said: a unit of at most 96 tokens, four times in a row, twelve tokens at least."""
-    for start in range(len(tokens)):
-        for period in range(1, 97):
-            times = max(4, -(-12 // period))
-            unit = tokens[start : start + period]
-            needed = max(4 * period, 12)
-            if len(tokens) - start >= needed and tokens[start : start + needed] == (unit * times)[:needed]:
-                return True
-    return False
-
-
-def test_loops_equal_the_rule() -> None:
-    rng = random.Random(0)
-    seen = set()
-    for _ in range(400):
-        tokens = rng.choices(range(rng.choice([2, 9])), k=rng.randrange(40))
-        if rng.random() < 0.5:
-            unit = rng.choices(range(9), k=rng.randrange(1, 12))
-            at = rng.randrange(len(tokens) + 1)
-            tokens[at:at] = (unit * 6)[: rng.randrange(60)]
-        expected = naive_loops(tokens)
-        seen.add(expected)
-        assert loops(tokens) == expected, tokens
-    assert seen == {True, False}
 
 
 def test_options_of_attempts() -> None:

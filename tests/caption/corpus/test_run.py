@@ -217,6 +217,41 @@ def test_failed_images_can_be_tried_again(root: pathlib.Path, tmp_path: pathlib.
     assert lines(tmp_path / "out") == lines(tmp_path / "whole")
 
 
+def test_an_image_that_is_exchanged_is_captioned_again(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """In shards that were under way without being told to; in finished ones with `retry_changed`."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(root, images)
+    names = sorted(path for path in images.rglob("*.png"))
+
+    class Breaking(FakeEngine):
+        def complete(self, requests: Any) -> Any:
+            for number, result in enumerate(super().complete(requests)):
+                if number == 30:
+                    raise KeyboardInterrupt
+                yield result
+
+    with pytest.raises(KeyboardInterrupt):
+        caption(images, out, Breaking(), shard_size=20)
+    kept = [json.loads(line) for path in (out / "work").glob("*.jsonl") for line in path.open()]
+    under_way = {images / line["image"] for line in kept if "caption" in line}
+    exchanged = min(under_way)
+    exchanged.write_bytes(names[0].read_bytes())
+    engine = FakeEngine()
+    caption(images, out, engine, shard_size=20)
+    caption(images, tmp_path / "whole", shard_size=20)
+    assert files(out) == files(tmp_path / "whole")
+    assert len(under_way) > 3 and 0 < len(engine.asked) < COUNT - 20 - len(under_way) + 2
+
+    names[1].write_bytes(names[2].read_bytes())
+    caption(images, out, silent := FakeEngine(), shard_size=20)
+    assert not silent.asked
+    caption(images, out, engine := FakeEngine(), shard_size=20, retry_changed=True)
+    # The three broken images are tried again, too.
+    assert len(engine.asked) == 4 and names[1].read_bytes() in {r.prompt.images[0] for r in engine.asked}
+    caption(images, tmp_path / "again", shard_size=20)
+    assert files(out) == files(tmp_path / "again")
+
+
 def test_engine_s_refusals_are_recorded(tmp_path: pathlib.Path) -> None:
     Image.new("RGB", (3, 3), (1, 1, 1)).save(tmp_path / "a.png")
     summary = caption(tmp_path, tmp_path / "out", max_failed="1")

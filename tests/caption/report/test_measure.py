@@ -137,11 +137,11 @@ def test_a_file_that_changes_meanwhile_is_an_error(tmp_path: pathlib.Path) -> No
     ("A dog on a", {"open end"}),
     ("A dog (brown", {"open end"}),
     ("no no no no no.", set()),
-    ("no no no no no no.", {"loop"}),
-    ("a red chair, a red chair, a red chair.", {"loop"}),
+    ("No, no. " * 5 + "No, no.", {"repetition"}),
+    ("a red chair, " * 3 + "a red chair.", {"repetition"}),
     ("a red chair and a red chair and a red desk.", set()),
-    ("A cat sits there. It sleeps. A cat  sits there. It sleeps.", {"same sentence"}),
-    ("It is red. It is red.", set()),
+    ("A cat sits there. It sleeps. A cat sits there. It sleeps.", set()),
+    ("A cat sits there. It sleeps. A cat  sits there. It purrs. A cat sits there.", {"repetition"}),
 ])  # fmt: skip
 def test_flags(text: str, expected: set[str]) -> None:
     assert flags(text) == expected
@@ -152,22 +152,10 @@ def test_cut_off_is_what_the_file_says() -> None:
     assert flags("A dog.", finished=True) == set()
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from("abc"), max_size=24), st.lists(st.sampled_from("abcde"), max_size=5))
-def test_loops_and_repeated_trigrams_are_those_of_the_definition(words: list[str], more: list[str]) -> None:
-    words = words + more * 3
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from("abc"), max_size=24))
+def test_repeated_trigrams_are_those_of_the_definition(words: list[str]) -> None:
     found = measured(" ".join(words))
-    runs = (
-        (start, period)
-        for period in range(1, 61)
-        for start in range(len(words))
-        if start + max(3 * period, 6) <= len(words)
-    )
-    expected = any(
-        all(words[i] == words[start + (i - start) % period] for i in range(start, start + max(3 * period, 6)))
-        for start, period in runs
-    )
-    assert found["loop"] == expected
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
     assert found["trigrams"] == len(trigrams)
     assert found["repeated"] == sum(trigram in trigrams[:i] for i, trigram in enumerate(trigrams))
