@@ -110,7 +110,7 @@ class Preparer:
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
         has_images = bool(prompt.images)
-        turns = place_images(prompt.turns) if has_images else prompt.turns
+        turns = place_images(prompt.turns, as_asked=True) if has_images else prompt.turns
         template = get_template(prompt.template) if prompt.template else self._template
         if stop_string(template) != stop_string(self._template):
             raise ValueError(
