@@ -85,7 +85,7 @@ def one_by_one(
     answers = []
     for sample in loaded.samples:
         (data,) = read_image(loaded.root, sample.image)
-        turns = place_images(prompt_of(sample, settings, (data,)).turns)
+        turns = place_images(prompt_of(sample, settings, (data,)).turns, as_asked=True)
         ids = encode_prompt(template, turns, tokenizer)
         tokens, _, is_image = expand_images(ids, None, (IMAGE_SIZE // PATCH) ** 2)
         pixels = preprocess(load_image(data, name=sample.id), size=IMAGE_SIZE, aspect=settings.aspect)

@@ -136,15 +136,21 @@ def stop_string(template: Template) -> str:
     return template.stop
 
 
-def place_images(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+def place_images(turns: Sequence[Turn], *, as_asked: bool = False) -> tuple[Turn, ...]:
     """Moves the images of every question to its front (ShareGPT4V train.py preprocess_multimodal).
 
     A question with n `<image>` placeholders becomes n lines `<image>` and then its text, stripped.
     ShareGPT4V keeps one of them; for n = 1 the result is the same. Answers are left alone: an
     `<image>` there is text. For conversations with images only; a text-only one stays as it is.
+
+    Args:
+        turns: the conversation.
+        as_asked: leave a question alone that starts with its images, white space at the ends of its
+            text included. Training strips it; the evaluation scripts don't, and the line break that
+            ends a question of Q-Bench is a token (model_vqa_qbench.py).
     """
     return tuple(
-        dataclasses.replace(turn, text=_images_first(turn.text)) if turn.role == "human" else turn
+        dataclasses.replace(turn, text=_images_first(turn.text, as_asked)) if turn.role == "human" else turn
         for turn in turns
     )
 
@@ -280,12 +286,12 @@ def _question(template: Template, turns: Sequence[Turn], index: int) -> str:
     return before + text + template.closing
 
 
-def _images_first(text: str) -> str:
+def _images_first(text: str, as_asked: bool) -> str:
     count = text.count(IMAGE_PLACEHOLDER)
-    if not count:
+    images = f"{IMAGE_PLACEHOLDER}\n" * count
+    if not count or (as_asked and text.startswith(images)):
         return text
-    rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
-    return (f"{IMAGE_PLACEHOLDER}\n" * count + rest).strip()
+    return (images + text.replace(IMAGE_PLACEHOLDER, "").strip()).strip()
 
 
 def _check(template: Template, turns: Sequence[Turn], *, has_images: bool = True) -> None:

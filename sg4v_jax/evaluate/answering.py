@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,11 @@ from sg4v_jax.evaluate.benchmark import LETTERS, Loaded, Sample
 from sg4v_jax.evaluate.settings import Settings
 from sg4v_jax.infer.request import Prompt, Request, Result, ScoreRequest, ScoreResult
 from sg4v_jax.infer.sampling import SamplingOptions
+
+logger = logging.getLogger(__name__)
+
+SYNC_EVERY = 32
+"""A power cut loses fewer answers than this for each process; a kill loses none."""
 
 Entry = dict[str, Any]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -64,10 +70,10 @@ def answer_samples(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"answers-{index:03d}-of-{count:03d}.jsonl"
     with _locked(path):
+        _cut_torn_line(path)
         # Answers cost little: thousands of them need not each wait for the disk.
-        journal = Journal(path, sync=False)
+        journal = Journal(path, sync_every=SYNC_EVERY)
         try:
-            list(journal.entries())  # Cuts off what a kill left half written.
             answered = {id_ for id_, entry in read_answers(folder).items() if not entry["error"]}
             todo = [s for s in samples[index::count] if s.id not in answered]
             if todo:
@@ -81,16 +87,22 @@ def answer_samples(
 def read_answers(folder: pathlib.Path) -> dict[str, Entry]:
     """The journals' entries by sample id; an answer goes before an error, the later before the earlier.
 
-    Other processes may be writing them: a line without an end is left alone.
+    Other processes may be writing them: a line without an end is left alone. One that can't be read, as a
+    power cut may leave it, is left out with a warning, so that its question is asked again.
     """
     found: dict[str, Entry] = {}
     for path in sorted(folder.glob("answers-*-of-*.jsonl")):
         with path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
-                entry = json.loads(line)
-                if not entry["error"] or entry["id"] not in found:
+                try:
+                    entry = json.loads(line)
+                    better = not entry["error"] or entry["id"] not in found
+                except (ValueError, TypeError, KeyError):
+                    logger.warning("%s: line %d is damaged; its question is asked again", path, number)
+                    continue
+                if better:
                     found[entry["id"]] = entry
     return found
 
@@ -119,6 +131,16 @@ def read_image(root: pathlib.Path, image: str | bytes | None) -> tuple[bytes, ..
     if relative.is_absolute() or ".." in relative.parts:
         raise ValueError(f"image path {image!r} leads out of {root}")
     return ((root / relative).read_bytes(),)
+
+
+def _cut_torn_line(path: pathlib.Path) -> None:
+    """Cuts off what a kill or a power cut left half written: the next line would become part of it."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            logger.warning("%s: the last line is torn; its question is asked again", path)
+            os.truncate(path, whole)
 
 
 def _ask(engine: Answers, loaded: Loaded, todo: Sequence[Sample], settings: Settings) -> Iterator[Entry]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sg4v_jax.data.records import IMAGE_PLACEHOLDER, Turn, resolve_image
+from sg4v_jax.evaluate.files import write_lines
 from sg4v_jax.infer.engine import Engine
 from sg4v_jax.infer.request import Prompt, Request
 from sg4v_jax.infer.sampling import SamplingOptions
@@ -73,7 +74,7 @@ def answer_questions(
     answers = shares.interleave(shares.gather("answers", texts)) if count > 1 else texts
     if index > 0:
         return answers
-    lines = [
+    lines: list[dict[str, Any]] = [
         {
             "question_id": question["question_id"],
             "prompt": question["text"],
@@ -84,11 +85,7 @@ def answer_questions(
         }
         for question, answer in zip(questions, answers, strict=True)
     ]
-    output = pathlib.Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    os.replace(temporary, output)
+    write_lines(pathlib.Path(output), lines)
     return answers
 
 

@@ -112,10 +112,13 @@ def write_json(path: pathlib.Path, value: object, indent: int | None = None) -> 
 
 
 def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
-    """Writes a file, whole or not at all; returns the path."""
+    """Writes a file, whole or not at all, whatever stops the machine; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    # What a model or a file made of half a surrogate pair has no UTF-8.
-    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+    with temporary.open("wb") as file:
+        # What a model or a file made of half a surrogate pair has no UTF-8.
+        file.write(text.encode("utf-8", "backslashreplace"))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     return path

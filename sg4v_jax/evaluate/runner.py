@@ -252,7 +252,7 @@ def _submit(
 def _line(sample: Sample, marked: Marked, entry: Entry, settings: Settings) -> dict[str, Any]:
     """A line of `samples.jsonl`: the question and the prompt as seen, the answer and what was made of it."""
     prompt = prompt_of(sample, settings, ())
-    turns = place_images(prompt.turns) if sample.image is not None else prompt.turns
+    turns = place_images(prompt.turns, as_asked=True) if sample.image is not None else prompt.turns
     return {
         **dataclasses.asdict(marked),
         "image": sample.image if isinstance(sample.image, str) else None,

@@ -111,7 +111,7 @@ class Preparer:
     def encode(self, prompt: Prompt) -> np.ndarray:
         """int32[n], -1 where an image feature goes; ValueError for what is no prompt."""
         has_images = bool(prompt.images)
-        turns = place_images(prompt.turns) if has_images else prompt.turns
+        turns = place_images(prompt.turns, as_asked=True) if has_images else prompt.turns
         template = get_template(prompt.template) if prompt.template else self._template
         if stop_string(template) != stop_string(self._template):
             raise ValueError(

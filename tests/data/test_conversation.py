@@ -210,6 +210,23 @@ def test_place_images(text: str, placed: str) -> None:
     assert place_images(turns) == turns
 
 
+@pytest.mark.parametrize(
+    ("text", "placed"),
+    [
+        ("<image>\nA. cod\nB. owl\n", "<image>\nA. cod\nB. owl\n"),
+        ("<image>\n  What? ", "<image>\n  What? "),
+        ("<image>\n<image>\nSame?\n", "<image>\n<image>\nSame?\n"),
+        # Where images have to move there is no asking as it was.
+        ("What? <image>\n", "<image>\nWhat?"),
+        ("<image>\nSame as <image>?\n", "<image>\n<image>\nSame as ?"),
+        ("<image>", "<image>"),
+        ("no image ", "no image "),
+    ],
+)
+def test_prompts_stay_as_they_are_asked(text: str, placed: str) -> None:
+    assert place_images([Turn("human", text)], as_asked=True) == (Turn("human", placed),)
+
+
 # Part four: against the old stack.
 
 NASTY = [

@@ -40,6 +40,10 @@ def run(name: str, data: pathlib.Path, output: pathlib.Path, answers: Any = None
     )
 
 
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_every_benchmark_is_tested() -> None:
     assert set(WRITERS) == set(BENCHMARKS)
 
@@ -88,10 +92,23 @@ PROMPTS = {
 }
 
 
+def system(person: str) -> str:
+    return (
+        f"A chat between a curious {person} and an artificial intelligence assistant. The assistant gives "
+        f"helpful, detailed, and polite answers to the {person}'s questions. "
+    )
+
+
 @pytest.mark.parametrize(("name", "id_", "question"), [(k, *v) for k, v in PROMPTS.items()], ids=PROMPTS)
-def test_prompts_are_the_published_ones(name: str, id_: str, question: str, data: pathlib.Path) -> None:
-    samples = {sample.id: sample for sample in BENCHMARKS[name].load(data).samples}
-    assert samples[id_].question == question
+def test_prompts_are_the_published_ones(
+    name: str, id_: str, question: str, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """To the letter, as the model sees them: Q-Bench has another template, and a line break at the end."""
+    run(name, data, tmp_path)
+    lines = {line["id"]: line for line in read_lines(tmp_path / name / "samples.jsonl")}
+    assert lines[id_]["question"] == question
+    person = "human" if name == "qbench" else "user"
+    assert lines[id_]["prompt"] == f"{system(person)}USER: <image>\n{question} ASSISTANT:"
 
 
 def test_what_is_asked_as_published(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -103,11 +120,7 @@ def test_what_is_asked_as_published(data: pathlib.Path, tmp_path: pathlib.Path) 
     assert (request.prompt.template, request.prompt.aspect) == ("share4v_v1", "square")
     assert request.options.max_new_tokens == 1024 and request.options.temperature == 0
     assert request.prompt.turns[0].text.startswith("<image>\nHow sharp") and len(request.prompt.images) == 1
-    line = json.loads((tmp_path / "qbench/samples.jsonl").read_text().splitlines()[0])
-    assert line["prompt"].startswith("A chat between a curious human") and line["prompt"].endswith(
-        "ASSISTANT:"
-    )
-    assert "USER: <image>\nHow sharp" in line["prompt"]
+    line = read_lines(tmp_path / "qbench/samples.jsonl")[0]
     assert {"id", "question", "answer", "parsed", "score", "truth", "image", "error", "stop"} <= line.keys()
     published = {name: (b.template, b.aspect, b.max_new_tokens) for name, b in BENCHMARKS.items()}
     assert {published[n] for n in ("vqav2", "gqa", "vizwiz", "textvqa", "pope", "mme", "seed")} == {

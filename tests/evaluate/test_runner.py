@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from sg4v_jax.evaluate import answering
 from sg4v_jax.evaluate.answering import read_answers
 from sg4v_jax.evaluate.benchmark import Loaded
 from sg4v_jax.evaluate.registry import BENCHMARKS
@@ -61,6 +62,36 @@ def test_a_cut_off_run_goes_on(loaded: Loaded, tmp_path: pathlib.Path) -> None:
     assert outputs(tmp_path / "cut") == outputs(tmp_path / "whole")
     again = FakeEngine(answer)
     assert run(loaded, tmp_path / "cut", again).asked == 0 and not again.seen
+
+
+def test_a_power_cut_costs_few_answers(
+    loaded: Loaded, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what isn't synced a power cut may leave anything: nothing, zeros, half a line, a hole."""
+    monkeypatch.setattr(answering, "SYNC_EVERY", 5)
+    path = tmp_path / "cut/pope/answers-000-of-001.jsonl"
+    on_disk: list[int] = []
+    fsync = os.fsync
+
+    def seen(descriptor: int) -> None:
+        fsync(descriptor)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            on_disk.append(path.stat().st_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", seen)
+        run(loaded, tmp_path / "cut", FakeEngine(answer))
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert on_disk == [sum(map(len, lines[:count])) for count in (5, 10, 12)]
+    run(loaded, tmp_path / "whole", FakeEngine(answer))
+    hole = lines[6][:9] + bytes(20) + lines[7][30:]
+    for tail in (b"", bytes(300), lines[5][:-7], hole + lines[8]):
+        path.write_bytes(whole[: on_disk[0]] + tail)
+        engine = FakeEngine(answer)
+        run(loaded, tmp_path / "cut", engine)
+        assert len(engine.seen) == (6 if tail.endswith(lines[8]) else 7)
+        assert outputs(tmp_path / "cut") == outputs(tmp_path / "whole")
 
 
 def test_shards_of_any_number_make_one_run(loaded: Loaded, tmp_path: pathlib.Path) -> None:

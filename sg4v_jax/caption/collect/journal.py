@@ -13,12 +13,16 @@ from typing import Any
 class Journal:
     """A file of JSON objects, one on each line; what `append` returned from is on disk.
 
-    Without `sync` it is with the system: a killed process loses none of it, a power cut may.
+    With `sync_every` above 1 it is with the system: a killed process loses none of it, a power cut
+    fewer than so many lines.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, sync: bool = True):
-        self.path, self._sync = pathlib.Path(path), sync
+    def __init__(self, path: str | os.PathLike[str], *, sync_every: int = 1):
+        self.path, self._sync_every, self._waiting = pathlib.Path(path), sync_every, 0
+        created = not self.path.exists()
         self._file = self.path.open("ab", buffering=0)
+        if created:
+            _sync_directory(self.path.parent)
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(byte offset, object) of every line. A last line that a kill cut off is cut away.
@@ -42,22 +46,25 @@ class Journal:
                 offset += len(line)
 
     def append(self, *entries: dict[str, Any]) -> int:
-        """Writes lines, and returns when they are on disk; gives the byte offset of the first.
+        """Writes lines, and returns when they are on disk (see `sync_every`); gives the byte offset of the first.
 
         Raises:
           OSError: they could not be written; none of them is in the file.
         """
         data = b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries)
+        waiting = self._waiting + len(entries)
         offset = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self.path))
-            if self._sync:
+            if waiting >= self._sync_every:
                 os.fsync(self._file.fileno())
+                waiting = 0
         except OSError:
             # Whatever is appended later would become part of a broken line.
             self._file.truncate(offset)
             raise
+        self._waiting = waiting
         return offset
 
     def at(self, offset: int) -> dict[str, Any]:
@@ -68,8 +75,21 @@ class Journal:
             return entry
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file, when all of it is on disk."""
+        try:
+            if self._waiting:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def _sync_directory(directory: pathlib.Path) -> None:
+    """A file's name is lost with the power, too, until its directory is on disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
