@@ -153,8 +153,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--rpm", type=int, default=1200)
-    parser.add_argument("--tpm", type=int, default=360_000)
+    parser.add_argument("--rpm", type=int, default=720)
+    parser.add_argument("--tpm", type=int, default=220_000)
     parser.add_argument("--seed", type=int, default=0)
     with tempfile.TemporaryDirectory() as directory:
         print(run(pathlib.Path(directory), **vars(parser.parse_args())))
