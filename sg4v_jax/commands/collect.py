@@ -257,7 +257,8 @@ def _report(collection: Any, summary: Any) -> str:
         f"answers: {answers or 'none'}",
     ]
     if ledger.errors:
-        lines.append("errors: " + ", ".join(f"{n} x {name}" for name, n in ledger.errors.most_common()))
+        errors = ", ".join(f"{n} x {name}" for name, n in ledger.errors.most_common())
+        lines.append(f"errors: {errors}; the last: {ledger.last_error}")
     cost = f", ${ledger.spent:.2f}" if collection.settings.prices.known else ""
     lines.append(
         f"used: {ledger.prompt_tokens:,} prompt and {ledger.completion_tokens:,} answer tokens{cost}"

@@ -31,6 +31,19 @@ def add(commands: Any) -> None:
     build.add_argument("--records-per-shard", type=int, default=1024)
     build.add_argument("--beam-options", help="write the shards on Apache Beam, with these flags of it")
     _add_check(actions)
+    unpack = add_command(
+        actions,
+        "unpack",
+        _data_unpack,
+        "Images of tars, Parquet files or a dataset to files, under the names that `sg4v caption` gives. "
+        "Goes on where it was interrupted.",
+        "  sg4v data unpack --images shards --output photos",
+    )
+    unpack.add_argument("--images", required=True, help="as for `sg4v caption`")
+    unpack.add_argument("--input-format", default="auto", help="folder, list, dataset, tar or parquet")
+    unpack.add_argument("--output", required=True, help="folder for the images")
+    unpack.add_argument("--max-failed", default="5%", help="bad images allowed: a number or a percentage")
+    unpack.add_argument("--max-image-bytes", type=int, default=50_000_000, help="larger images are bad")
     tokenizer = add_command(
         actions,
         "tokenizer",
@@ -130,6 +143,20 @@ def _data_build(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     print(f"{directory}: {report.written} records written, dropped: {report.dropped or 'none'}")
     for kind, example in report.examples.items():
         print(f"  first {kind}: {example}")
+
+
+def _data_unpack(arguments: argparse.Namespace, config_argv: list[str]) -> None:
+    from sg4v_jax.caption.corpus.inputs import open_corpus
+    from sg4v_jax.caption.corpus.unpack import unpack
+
+    counts = unpack(
+        open_corpus(arguments.images, form=arguments.input_format),
+        arguments.output,
+        max_failed=arguments.max_failed,
+        max_image_bytes=arguments.max_image_bytes,
+        progress=progress_bar("images"),
+    )
+    print(f"{arguments.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 def _data_tokenizer(arguments: argparse.Namespace, config_argv: list[str]) -> None:

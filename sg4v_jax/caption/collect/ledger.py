@@ -83,6 +83,7 @@ class Ledger:
       unconfirmed_cost: the most that they may have cost.
       verdicts: answers by verdict.
       errors: errors by HTTP status, or what came instead of one.
+      last_error: what the last of them said.
       batch_files: the batch files that were written.
     """
 
@@ -95,6 +96,7 @@ class Ledger:
         self.prompt_tokens = self.completion_tokens = self.unconfirmed = 0
         self.verdicts: collections.Counter[str] = collections.Counter()
         self.errors: collections.Counter[str] = collections.Counter()
+        self.last_error = ""
         self.batch_files: set[str] = set()
         self._estimated_prompt_tokens = 0
         self._states: dict[str, ItemState] = {}
@@ -226,6 +228,7 @@ class Ledger:
                 self.unconfirmed_cost += cost
             state.failed = entry["kind"] == "permanent"
             state.reason, state.message = "error", entry["message"]
+            self.last_error = entry["message"]
             names = {0: "no answer", 200: "unreadable answer"}
             self.errors[names.get(entry["status"], f"HTTP {entry['status']}")] += 1
 

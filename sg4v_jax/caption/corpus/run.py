@@ -362,7 +362,7 @@ class _Run:
             raise ImageError(
                 f"{failed.total()} of {len(self._corpus)} images failed, more than --max-failed "
                 f"{self._settings.max_failed} allows ({counts}); the first: {self._first_error}. "
-                "Once that is mended, the same command with --retry-failed goes on"
+                "The same command goes on: with --retry-failed once that is mended, or with more --max-failed"
             )
 
     def _done(self) -> int:

@@ -110,7 +110,8 @@ def measure(
     if not len(table):
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.counts.items()) or "no entries"
         raise ValueError(f"{', '.join(files)}: no captions in it ({reasons})")
-    return CaptionSet(name or files[0], files, table, tuple(sources), dict(expected), skipped, states)
+    name = name or os.fspath(paths[0])
+    return CaptionSet(name, files, table, tuple(sources), dict(expected), skipped, states)
 
 
 def numbers(caption: Caption) -> tuple[int, ...]:

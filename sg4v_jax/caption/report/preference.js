@@ -1,94 +1,78 @@
 "use strict";
-// One pair at a time; votes are kept in this browser and leave it by the download button only.
-const { page, pairs } = JSON.parse(document.getElementById("pairs").textContent);
+// The form is all there is to know: it is kept in this browser, and leaves it by the download button only.
+// One pair is shown at a time. Which keys choose what is said by the form's own `data-keys`.
+const form = document.forms.ballot;
+const pairs = [...form.querySelectorAll("fieldset")];
 const element = (id) => document.getElementById(id);
-const slot = "sg4v-preference-" + page;
-const keys = {
-  ArrowLeft: "left", a: "left", 1: "left",
-  ArrowRight: "right", b: "right", 2: "right",
-  ArrowDown: "tie", t: "tie", 3: "tie",
-};
-let state = { rater: "", votes: {} };
+const slot = "sg4v-preference-" + form.dataset.page;
 let shown = 0;
 
+function ballot() {
+  const { rater, ...votes } = Object.fromEntries(new FormData(form));
+  return { version: 1, page: form.dataset.page, rater, votes };
+}
+
+function keep(action) {
+  try {
+    action();
+  } catch (error) {
+    element("warning").hidden = false;
+  }
+}
+
+const save = () => keep(() => localStorage.setItem(slot, JSON.stringify(ballot())));
+
 function load() {
-  try {
-    const saved = JSON.parse(localStorage.getItem(slot));
-    if (saved && typeof saved.votes === "object" && saved.votes) state = { rater: saved.rater || "", votes: saved.votes };
-  } catch (error) {
-    warn();
-  }
-}
-
-function save() {
-  try {
-    localStorage.setItem(slot, JSON.stringify(state));
-  } catch (error) {
-    warn();
-  }
-}
-
-function warn() {
-  element("warning").hidden = false;
+  const saved = JSON.parse(localStorage.getItem(slot));
+  if (!saved) return;
+  form.elements.rater.value = saved.rater;
+  for (const [pair, choice] of Object.entries(saved.votes))
+    form.querySelector(`[name="${pair}"][value="${choice}"]`).checked = true;
 }
 
 function show(index) {
   shown = Math.max(0, Math.min(index, pairs.length));
+  pairs.forEach((pair, at) => (pair.hidden = at !== shown));
   const done = shown === pairs.length;
-  element("pair").hidden = done;
+  const count = Object.keys(ballot().votes).length;
   element("end").hidden = !done;
-  if (!done) {
-    const pair = pairs[shown];
-    element("image").src = pair.image;
-    element("image").hidden = !pair.image;
-    element("left").textContent = pair.left;
-    element("right").textContent = pair.right;
-  }
-  const count = Object.keys(state.votes).length;
-  element("progress").textContent = done ? "" : "Pair " + (shown + 1) + " of " + pairs.length;
-  element("count").textContent = count + " of " + pairs.length + " judged";
-  element("filled").style.width = (100 * count) / pairs.length + "%";
-  for (const choice of ["left", "right", "tie"])
-    element("vote-" + choice).classList.toggle("chosen", state.votes[shown] === choice);
+  element("progress").textContent = done ? "" : `Pair ${shown + 1} of ${pairs.length}`;
+  element("count").textContent = `${count} of ${pairs.length} judged`;
+  element("filled").style.width = `${(100 * count) / pairs.length}%`;
 }
 
-function vote(choice) {
-  if (shown === pairs.length) return;
-  state.votes[shown] = choice;
-  save();
-  show(shown + 1);
-}
-
-function firstOpen() {
-  const open = pairs.findIndex((pair, index) => !(index in state.votes));
-  return open < 0 ? pairs.length : open;
+function showOpen() {
+  const open = pairs.findIndex((pair) => !pair.querySelector(":checked"));
+  show(open < 0 ? pairs.length : open);
 }
 
 function download() {
-  const text = JSON.stringify({ version: 1, page, rater: state.rater, votes: state.votes }, null, 1);
+  const { page, rater } = ballot();
   const link = document.createElement("a");
-  link.href = "data:application/json;charset=utf-8," + encodeURIComponent(text + "\n");
-  link.download = "votes-" + page + (state.rater ? "-" + state.rater.replace(/[^\w-]+/g, "_") : "") + ".json";
+  link.href = "data:application/json;charset=utf-8," + encodeURIComponent(JSON.stringify(ballot(), null, 1) + "\n");
+  link.download = `votes-${page}${rater && "-" + rater.replace(/[^\w-]+/g, "_")}.json`;
   link.click();
 }
 
+form.addEventListener("submit", (event) => event.preventDefault());
+form.addEventListener("input", save);
+form.addEventListener("click", (event) => {
+  if (event.target.type !== "radio") return;
+  save();
+  show(shown + 1);
+});
 document.addEventListener("keydown", (event) => {
-  if (event.target.tagName === "INPUT" || event.ctrlKey || event.metaKey || event.altKey) return;
-  const choice = keys[event.key];
-  if (choice) vote(choice);
-  else if (event.key === "Backspace" || event.key === "u") show(shown - 1);
-  else return;
+  if (event.target.name === "rater" || event.ctrlKey || event.metaKey || event.altKey) return;
+  const place = document.querySelector("fieldset:not([hidden])") ?? form;
+  const chosen = [...place.querySelectorAll("[data-keys]"), element("back")]
+    .find((control) => control.dataset.keys.split(" ").includes(event.key));
+  if (!chosen) return;
+  chosen.click();
   event.preventDefault();
 });
-for (const choice of ["left", "right", "tie"]) element("vote-" + choice).addEventListener("click", () => vote(choice));
 element("back").addEventListener("click", () => show(shown - 1));
-element("open").addEventListener("click", () => show(firstOpen()));
-for (const button of document.querySelectorAll(".download")) button.addEventListener("click", download);
-element("rater").addEventListener("input", (event) => {
-  state.rater = event.target.value;
-  save();
-});
+element("open").addEventListener("click", showOpen);
+element("download").addEventListener("click", download);
 
-load();
-element("rater").value = state.rater;
-show(firstOpen());
+keep(load);
+showOpen();

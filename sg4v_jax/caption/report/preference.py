@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 from collections.abc import Callable, Iterable, Sequence
+from html import escape
 from typing import Any
 
 from sg4v_jax.caption.report.compare import common_rows
@@ -17,33 +18,44 @@ from sg4v_jax.data.thumbnail import thumbnail
 from sg4v_jax.page.html import data_uri, document
 
 _SIDE = 640  # pixels
+# What can be chosen, which keys choose it too, and what it is called: values are those of `votes.CHOICES`.
+_CHOICES = (
+    ("left", "ArrowLeft a 1", "Left is better<kbd>←</kbd>"),
+    ("tie", "ArrowDown t 3", "Comparable<kbd>↓</kbd>"),
+    ("right", "ArrowRight b 2", "Right is better<kbd>→</kbd>"),
+)
 _STYLE = """
 main { max-width: 72rem; padding-top: 1.5rem; }
-#pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem 2rem; margin-top: 1rem; }
-#pair img {
+fieldset {
+  display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem 2rem; margin: 1rem 0 0; padding: 0; border: 0;
+  min-width: 0;
+}
+fieldset img {
   grid-column: 1 / 3; justify-self: center; max-width: 100%; max-height: 42vh; border-radius: 3px;
 }
-#pair p {
+fieldset p {
   white-space: pre-line; overflow-wrap: anywhere; border-top: 1px solid var(--rule); padding-top: .7rem;
 }
-#pair[hidden], #end[hidden] { display: none; }
+fieldset[hidden], #end[hidden] { display: none; }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-top: 1rem; }
 .row .bar { flex: 1; margin: 0; }
-button, input {
+button, label, input {
   font: inherit; color: inherit; background: none; border: 1px solid var(--rule); border-radius: 4px;
   padding: .35rem .8rem;
 }
-button { cursor: pointer; }
-button:hover, button.chosen { border-color: var(--accent); color: var(--accent); }
+button, label { cursor: pointer; }
+button:hover, label:hover, label:has(:checked) { border-color: var(--accent); color: var(--accent); }
+label:has(:focus-visible) { outline: 2px solid var(--accent); }
 kbd { font-size: .8em; color: var(--muted); margin-left: .4em; }
-#choices { grid-column: 1 / 3; display: grid; grid-template-columns: 1fr auto 1fr; gap: 1rem; }
-#choices button { padding: .7rem; }
+.choices { grid-column: 1 / 3; display: grid; grid-template-columns: 1fr auto 1fr; gap: 1rem; }
+.choices label { padding: .7rem; text-align: center; }
+.choices input { position: absolute; opacity: 0; }
 @media (max-width: 46rem) {
-  #pair { grid-template-columns: 1fr; }
-  #pair img, #choices { grid-column: 1; }
+  fieldset { grid-template-columns: 1fr; }
+  fieldset img, .choices { grid-column: 1; }
 }
 """
-_BODY = """<p class=kicker>sg4v report</p>
+_HEAD = """<p class=kicker>sg4v report</p>
 <h1>Which caption describes the image better?</h1>
 <p class=lead>Look for what is wrong, what is missing and what is told well, in this order. Length is no merit
 in itself. Which captioner wrote which is not on this page.</p>
@@ -52,21 +64,15 @@ close it.</p>
 <div class=row>
 <strong id=progress></strong><span class=bar><i id=filled></i></span><small id=count></small>
 </div>
-<div id=pair>
-<img id=image alt="the image to describe">
-<p id=left></p><p id=right></p>
-<div id=choices>
-<button id=vote-left>Left is better<kbd>←</kbd></button>
-<button id=vote-tie>Comparable<kbd>↓</kbd></button>
-<button id=vote-right>Right is better<kbd>→</kbd></button>
+"""
+_FOOT = """<div id=end hidden>
+<h2>That was the last pair</h2><p>Download your votes and send the file back.</p>
 </div>
-</div>
-<div id=end hidden><h2>That was the last pair</h2><p>Download your votes and send the file back.</p></div>
 <div class=row>
-<button id=back>Back<kbd>⌫</kbd></button>
-<button id=open>Next without a vote</button>
-<input id=rater placeholder="your name" aria-label="your name" maxlength=60>
-<button class=download>Download votes</button>
+<button type=button id=back data-keys="Backspace u">Back<kbd>⌫</kbd></button>
+<button type=button id=open>Next without a vote</button>
+<input name=rater placeholder="your name" aria-label="your name" maxlength=60 autocomplete=off>
+<button type=button id=download>Download votes</button>
 </div>
 """
 
@@ -148,8 +154,19 @@ def write_preference(
 
 
 def _render(name: str, shown: Sequence[dict[str, str]]) -> str:
-    # In a script element only "<" could end it or begin a comment.
-    data = json.dumps({"page": name, "pairs": shown}).replace("<", "\\u003c")
+    pairs = "".join(_pair(index, **pair) for index, pair in enumerate(shown))
     script = importlib.resources.files("sg4v_jax.caption.report").joinpath("preference.js").read_text("utf-8")
-    body = f'{_BODY}<script id=pairs type="application/json">{data}</script>'
+    body = f'{_HEAD}<form name=ballot data-page="{escape(name)}" autocomplete=off>{pairs}{_FOOT}</form>'
     return document("Which caption is better?", body, style=_STYLE, script=script)
+
+
+def _pair(index: int, image: str, left: str, right: str) -> str:
+    """A pair as the part of a form: what is checked in it is the vote, under the pair's number."""
+    choices = "".join(
+        f'<label><input type=radio name={index} value={value} data-keys="{keys}">{label}</label>'
+        for value, keys, label in _CHOICES
+    )
+    return (
+        f'<fieldset hidden><img src="{escape(image)}" alt="the image to describe">'
+        f"<p>{escape(left)}</p><p>{escape(right)}</p><div class=choices>{choices}</div></fieldset>\n"
+    )

@@ -54,6 +54,7 @@ def test_from_nothing_to_captions(endpoint: FaultyEndpoint, images: Images, caps
     assert "out/captions.json: 22 captioned, 1 rejected, 1 failed" in shown
     assert "answers: 22 accepted, 2 empty" in shown
     assert "errors: 1 x HTTP 404, 1 x no answer" in shown or "errors: 1 x no answer, 1 x HTTP 404" in shown
+    assert "; the last: 127.0.0.1:" in shown
     assert "used: 9,600 prompt and 1,200 answer tokens, $0.13" in shown
     assert "not in it: 1 requests without an answer that may be billed, at most $0.0" in shown
     assert {line["reason"] for line in lines(pathlib.Path("out/rejected.jsonl"))} == {"error", "empty"}

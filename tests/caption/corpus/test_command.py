@@ -141,7 +141,8 @@ def test_the_commands_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption, "run", lambda arguments, _: ran.append("caption"))
     monkeypatch.setattr(train, "run", lambda arguments, config: ran.append(config[0]))
     monkeypatch.setattr(data, "_data_build", lambda arguments, _: ran.append("build"))
+    monkeypatch.setattr(data, "_data_unpack", lambda arguments, _: ran.append("unpack"))
     for command in commands:
         assert command[0] == "sg4v"
         main(command[1:])
-    assert ran == ["--config=configs/captioner.py:7b", "caption", "build", "caption"]
+    assert ran == ["--config=configs/captioner.py:7b", "caption", "build", "unpack", "caption"]

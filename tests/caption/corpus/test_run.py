@@ -24,6 +24,7 @@ from sg4v_jax.infer.options import SamplingOptions
 from tests.caption.corpus.fake import PROMPT, FakeEngine, caption, write_images
 
 COUNT = 61
+DOCS = pathlib.Path(__file__).parents[3] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +383,15 @@ def test_a_hundred_thousand_names(tmp_path: pathlib.Path) -> None:
             caption_corpus(*arguments, prompt=PROMPT, model={}, show=shown.append)
     assert [progress.done for progress in shown] == [1, 2, 3] * 3
     assert str(shown[0]).startswith("1 of 100,000 images, ") and str(shown[0]).endswith(", 1 failed")
+
+
+def test_progress_says_how_fast_and_how_long() -> None:
+    progress = Progress(1_246_901, 12_034, 3, {"repetition": 12}, rate=45.2)
+    said = "12,034 of 1,246,901 images, 45.2 images/s, 7 h 35 min left, 3 failed, 12 repetition"
+    assert str(progress) == said
+    assert f"`{said}`" in " ".join((DOCS / "captioning.md").read_text().split())
+    assert str(Progress(10, 10, 0, {}, rate=2.0)) == "10 of 10 images, 2.0 images/s"
+    assert str(Progress(10, 0, 0, {}, rate=0.0)) == "0 of 10 images, 0.0 images/s"
 
 
 def test_prompt() -> None:

@@ -51,6 +51,7 @@ def test_every_kind_of_file(tmp_path: pathlib.Path) -> None:
     ]
     assert skipped.counts == {"no image": 1, "answer rejected: refusal": 1, "error": 1, "no caption": 1}
     assert "00000-of-00002.jsonl: record 1, line 2" in skipped.examples["error"]
+    assert measure(paths[2:]).name == str(paths[2]), "what was given, not the first shard in it"
 
 
 def test_broken_entries_are_counted_and_text_that_no_file_can_hold_is_mended(tmp_path: pathlib.Path) -> None:

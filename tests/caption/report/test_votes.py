@@ -12,35 +12,59 @@ import scipy.stats
 
 from sg4v_jax.caption.report.measure import measure
 from sg4v_jax.caption.report.preference import write_preference
-from sg4v_jax.caption.report.votes import sign_test, summary, tally, wilson
+from sg4v_jax.caption.report.votes import CHOICES, sign_test, summary, tally, wilson
 from tests.caption.report.conftest import llava, write_json
 
 
-class Scripts(html.parser.HTMLParser):
-    """The contents of script elements, by their `type`."""
+class Ballot(html.parser.HTMLParser):
+    """The form of a page: what a browser has of it.
 
-    def __init__(self, text: str):
+    Attributes:
+      page: the form's `data-page`.
+      pairs: image and both captions of each, as they stand there.
+      choices: (name, value, what is written on it) of every radio button.
+      keys: of each button, those that press it.
+      scripts: elements that could run.
+    """
+
+    def __init__(self, path: pathlib.Path):
         super().__init__()
-        self.found: dict[str | None, str] = {}
-        self._type: tuple[str | None] | None = None
-        self.feed(text)
+        self.page, self.scripts = "", 0
+        self.pairs: list[dict[str, str]] = []
+        self.choices: list[tuple[str, str, str]] = []
+        self.keys: list[tuple[str, list[str]]] = []
+        self._into: str | None = None
+        self.feed(path.read_text())
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "script":
-            assert dict(attrs).get("type") not in self.found
-            self._type = (dict(attrs).get("type"),)
+        found = {name: value or "" for name, value in attrs}
+        self.scripts += tag == "script"
+        if tag == "form":
+            self.page = found["data-page"]
+        elif tag == "fieldset":
+            self.pairs.append({})
+        elif tag == "img":
+            self.pairs[-1]["image"] = found["src"]
+        elif tag == "p" and self.pairs and "end" not in self.pairs[-1]:
+            self._into = "right" if "left" in self.pairs[-1] else "left"
+            self.pairs[-1][self._into] = ""
+        elif tag == "input" and found.get("type") == "radio":
+            self.choices.append((found["name"], found["value"], ""))
+            self.keys.append((found["value"], found["data-keys"].split()))
+            self._into = "choice"
+        elif found.get("id") == "end":
+            self.pairs[-1]["end"] = ""
 
     def handle_endtag(self, tag: str) -> None:
-        self._type = None if tag == "script" else self._type
+        self._into = None if tag in ("p", "label") else self._into
 
     def handle_data(self, data: str) -> None:
-        if self._type:
-            self.found[self._type[0]] = data
-
-
-def pairs_of(page: pathlib.Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Scripts(page.read_text()).found["application/json"])
-    return found
+        if self._into == "choice":
+            name, value, text = self.choices[-1]
+            self.choices[-1] = (name, value, text + data)
+        elif self._into:
+            self.pairs[-1][self._into] += data
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +82,10 @@ def test_the_page_is_blind_and_its_key_is_not(
     assert written.key.name == "p.key.json" and written.pairs == 8
     secrets = ("the-dense-one", "the-short-one", "dense.json", "short.jsonl", "coco/", "sam/")
     assert not any(secret in re.sub('base64,[^"]+', "", text) for secret in secrets)
-    found = pairs_of(written.page)
-    assert found["page"] == key["page"] and key["names"] == ["the-dense-one", "the-short-one"]
+    found = Ballot(written.page)
+    assert found.page == key["page"] and key["names"] == ["the-dense-one", "the-short-one"]
     assert key["left"].count(0) == key["left"].count(1) == 4
-    for pair, first, image in zip(found["pairs"], key["left"], key["images"], strict=True):
+    for pair, first, image in zip(found.pairs, key["left"], key["images"], strict=True):
         dense, short = (pair["right"], pair["left"]) if first else (pair["left"], pair["right"])
         assert dense.startswith("In the image") and short == f"A woman on a beach. {image.replace('/', ' ')}"
         assert pair["image"].startswith("data:image/jpeg;base64,")
@@ -79,10 +103,31 @@ def test_hostile_captions_stay_data(image_root: pathlib.Path, tmp_path: pathlib.
     evil = "</script><script>alert(1)</script><!-- <script> ]]> \u2028 & \"'"
     files = [write_json(tmp_path / f"{i}.json", [llava("coco/1.png", evil + str(i))]) for i in range(2)]
     written = write_preference(*map(lambda f: measure([f]), files), image_root, tmp_path / "p.html")
-    scripts = Scripts(written.page.read_text()).found
-    assert set(scripts) == {None, "application/json"}
-    (pair,) = json.loads(scripts["application/json"])["pairs"]
-    assert {pair["left"], pair["right"]} == {evil + "0", evil + "1"}
+    found = Ballot(written.page)
+    (pair,) = found.pairs
+    assert found.scripts == 1 and {pair["left"], pair["right"]} == {evil + "0", evil + "1"}
+
+
+def test_what_is_checked_is_what_is_counted(
+    sets: list[Any], image_root: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The page's file is the form as the browser has it: names and values of what is checked."""
+    written = write_preference(*sets, image_root, tmp_path / "p.html", pairs=3)
+    form, key = Ballot(written.page), json.loads(written.key.read_text())
+    assert [name for name, _, _ in form.choices] == [str(i) for i in range(3) for _ in CHOICES]
+    meant = {"Left is better←": "left", "Comparable↓": "tie", "Right is better→": "right"}
+    assert {text: value for _, value, text in form.choices} == meant and set(meant.values()) == set(CHOICES)
+    keys = {key: value for value, pressed in form.keys for key in pressed}
+    assert (keys["ArrowLeft"], keys["ArrowDown"], keys["ArrowRight"]) == ("left", "tie", "right")
+    assert len(keys) == sum(len(pressed) for _, pressed in form.keys[:3])
+    votes = {
+        name: value
+        for name, value, _ in form.choices
+        if value == ("left" if form.pairs[int(name)]["left"].startswith("In the image") else "right")
+    }
+    ballot = {"page": form.page, "rater": "ann", "votes": votes}
+    result = tally([write_json(tmp_path / "v.json", ballot)], written.key)
+    assert result.names == tuple(key["names"]) and result.first.share == 1.0 and result.pairs == 3
 
 
 def test_equal_captions_are_no_pairs(image_root: pathlib.Path, tmp_path: pathlib.Path) -> None:
