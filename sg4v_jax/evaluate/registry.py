@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 from sg4v_jax.evaluate.benchmark import Benchmark, Loaded
 from sg4v_jax.evaluate.benchmarks.captioning import Captioning
-from sg4v_jax.evaluate.benchmarks.gqa import GQA
+from sg4v_jax.evaluate.benchmarks.gqa import GQA, GQAConsistency
 from sg4v_jax.evaluate.benchmarks.llava_bench import LLaVABench
-from sg4v_jax.evaluate.benchmarks.mmbench import MMBench, MMBenchCN
+from sg4v_jax.evaluate.benchmarks.mmbench import MMBench, MMBenchCN, MMBenchCNTest, MMBenchTest
 from sg4v_jax.evaluate.benchmarks.mme import MME
 from sg4v_jax.evaluate.benchmarks.mmstar import MMStar
 from sg4v_jax.evaluate.benchmarks.mmvet import MMVet
@@ -28,6 +28,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         MME(),
         MMBench(),
         MMBenchCN(),
+        MMBenchTest(),
+        MMBenchCNTest(),
         SEED(),
         MMVet(),
         QBench(),
@@ -37,6 +39,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         VizWiz(),
         VizWizVal(),
         GQA(),
+        GQAConsistency(),
         TextVQA(),
         TextVQAWithoutOCR(),
         POPE(),

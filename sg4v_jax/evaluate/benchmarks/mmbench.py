@@ -137,6 +137,28 @@ class MMBenchCN(MMBench):
     )
 
 
+class MMBenchTest(MMBench):
+    """The test split, which a server scores."""
+
+    name, title = "mmbench-test", "MMBench test"
+    server = "OpenCompass (mmbench.opencompass.org.cn)"
+    files = (
+        *("mmbench_test_20230712.tsv", "mmbench_test_en_20231003.tsv"),
+        *("MMBench_TEST_EN.tsv", "MMBench_TEST_EN_V11.tsv"),
+    )
+
+
+class MMBenchCNTest(MMBenchCN):
+    """The test split in Chinese."""
+
+    name, title = "mmbench-cn-test", "MMBench-CN test"
+    server = MMBenchTest.server
+    files = (
+        *("mmbench_test_cn_20231003.tsv", "mmbench_test_cn_20230712.tsv"),
+        *("MMBench_TEST_CN.tsv", "MMBench_TEST_CN_V11.tsv"),
+    )
+
+
 def options(row: Mapping[str, str | None]) -> tuple[str, ...]:
     """The options up to the first that is missing; "None" and "nan" count as missing."""
     found: list[str] = []
