@@ -27,7 +27,11 @@ def add(commands: Any) -> None:
         "    --truth truth.jsonl",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--benchmarks", help="names with commas between them; `list` shows all")
+    what.add_argument(
+        "--benchmarks",
+        help="names with commas between them; `paper`: those of the paper's table; `all`: those whose files "
+        "are there; `list` shows them",
+    )
     what.add_argument(
         "--compare", nargs="+", metavar="RUN", help="outputs of --benchmarks, the baseline first"
     )
@@ -45,7 +49,14 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--shard", help="0/4 to 3/4 share the work of one output among four; default: this process's"
     )
-    group.add_argument("--judge", help="model that judges open answers (LLaVA-Bench, MM-Vet)")
+    group.add_argument(
+        "--judge",
+        help="model that judges open answers (LLaVA-Bench, MM-Vet) and reads multiple-choice answers that "
+        "rules can't (MMBench, MMStar)",
+    )
+    group.add_argument(
+        "--judge-runs", type=int, default=0, help="times that MM-Vet is judged; default: 5, as published"
+    )
     group.add_argument("--judge-endpoint", default="https://api.openai.com/v1", help="OpenAI-compatible")
     group.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="variable that holds the key")
     group = parser.add_argument_group("comparing")
@@ -69,18 +80,21 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
 
 
 def _list() -> None:
+    from sg4v_jax.evaluate.judged import JudgedBenchmark
     from sg4v_jax.evaluate.registry import BENCHMARKS
 
     for name, benchmark in BENCHMARKS.items():
-        scored = benchmark.server or ("a judge" if benchmark.judged else "here")
+        scored = benchmark.server or ("a judge" if benchmark.judged else "rules")
+        if isinstance(benchmark, JudgedBenchmark) and not benchmark.judged:
+            scored += " and a judge, if there is one"
         print(f"{name:<16}{benchmark.title:<28}in {benchmark.folders[0]:<26}scored by {scored}")
 
 
 def _benchmarks(arguments: argparse.Namespace) -> None:
     import functools
 
-    from sg4v_jax.evaluate.registry import get_benchmarks
-    from sg4v_jax.evaluate.runner import run_benchmark, summary
+    from sg4v_jax.evaluate.registry import get_benchmarks, load_benchmarks
+    from sg4v_jax.evaluate.runner import SCORES, run_benchmark, summary
     from sg4v_jax.evaluate.settings import Choices
 
     benchmarks = get_benchmarks(arguments.benchmarks)
@@ -100,7 +114,11 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
     shard = _shard(arguments.shard) if arguments.shard else None
     is_main = join(arguments)
     # Before the model is loaded: files may be missing.
-    loaded = {benchmark.name: benchmark.load(arguments.data) for benchmark in benchmarks}
+    answered = [b.name for b in benchmarks if os.path.exists(f"{arguments.output}/{b.name}/{SCORES}")]
+    loaded, left_out = load_benchmarks(arguments.benchmarks, arguments.data, answered)
+    if is_main:
+        print("".join(f"left out: {reason}\n" for reason in left_out), end="")
+    benchmarks = [benchmark for benchmark in benchmarks if benchmark.name in loaded]
     engine, scores = _LazyEngine(arguments), {}
     run = functools.partial(
         run_benchmark, engine=engine, output=arguments.output, model=_model_name(arguments), choices=choices
@@ -114,7 +132,7 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
         if not is_main:
             return
     for benchmark in benchmarks:
-        judge = _judge(arguments, benchmark.name) if benchmark.judged and arguments.judge else None
+        judge = _judge(arguments, benchmark)
         report = run(
             benchmark,
             loaded=loaded[benchmark.name],
@@ -181,15 +199,19 @@ class _LazyEngine:
         return getattr(self._engine, name)
 
 
-def _judge(arguments: argparse.Namespace, benchmark: str) -> Any:
+def _judge(arguments: argparse.Namespace, benchmark: Any) -> Any:
+    """A judge, if one is given and the benchmark has a use for one."""
     import pathlib
 
     from sg4v_jax.caption.collect.endpoint import Endpoint
     from sg4v_jax.evaluate.judge import Judge
-    from sg4v_jax.evaluate.judged import verdict_cache
+    from sg4v_jax.evaluate.judged import JudgedBenchmark, verdict_cache
 
+    if not arguments.judge or not isinstance(benchmark, JudgedBenchmark):
+        return None
     endpoint = Endpoint(arguments.judge_endpoint, os.environ.get(arguments.judge_key_env, ""))
-    return Judge(endpoint, arguments.judge, verdict_cache(pathlib.Path(arguments.output) / benchmark))
+    cache = verdict_cache(pathlib.Path(arguments.output) / benchmark.name)
+    return Judge(endpoint, arguments.judge, cache, runs=arguments.judge_runs)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -100,7 +100,7 @@ def read_answers(folder: pathlib.Path) -> dict[str, Entry]:
                     entry = json.loads(line)
                     better = not entry["error"] or entry["id"] not in found
                 except (ValueError, TypeError, KeyError):
-                    logger.warning("%s: line %d is damaged; its question is asked again", path, number)
+                    logger.warning("%s: line %d is damaged; it counts as no answer", path, number)
                     continue
                 if better:
                     found[entry["id"]] = entry

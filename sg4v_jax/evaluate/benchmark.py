@@ -16,6 +16,7 @@ import numpy as np
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_FIRST_IMAGES = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +56,33 @@ class Loaded:
     problems: tuple[str, ...]
     root: pathlib.Path
 
+    def require_images(self, name: str) -> None:
+        """Makes sure, before a model is loaded, that the images were not forgotten.
+
+        Raises:
+          FileNotFoundError: none of the first ones is there.
+        """
+        images = [sample.image for sample in self.samples if isinstance(sample.image, str)][:_FIRST_IMAGES]
+        if images and not any((self.root / image).exists() for image in images):
+            raise FileNotFoundError(
+                f"{self.root / images[0]}: not there, nor are the images after it; {name}'s belong in that "
+                "folder (docs/evaluation.md)"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
     """What a scorer made of an answer.
 
     Attributes:
-      parsed: how it was understood.
+      parsed: how it was understood; "" if it wasn't.
       score: between 0 and 1 as a rule, or None if only a server or a judge can say.
+      verdicts: what a judge said (`text`) and who that was (`model`), for each time it was asked.
     """
 
     parsed: str
     score: float | None
+    verdicts: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +95,7 @@ class Marked:
     answer: str
     parsed: str
     score: float | None
+    verdicts: Sequence[Mapping[str, str]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +148,7 @@ class Benchmark(abc.ABC):
       max_new_tokens: as in the published scripts.
       template: conversation template, as in the published scripts.
       aspect: image preprocessing, as in the published scripts.
-      judged: whether a judge gives the scores.
+      judged: whether there are no scores without a judge.
       server: who scores, if the truth is not public.
     """
 
@@ -164,6 +181,10 @@ class Benchmark(abc.ABC):
     def metrics(self, marked: Sequence[Marked]) -> tuple[Metric, ...]:
         """The published metrics, the headline first. By default the mean score, overall and by category."""
         return by_category("accuracy", marked)
+
+    def details(self, marked: Sequence[Marked]) -> Mapping[str, Any]:
+        """What the official tool prints that is no function of ratios, and so has no interval."""
+        return {}
 
     def submit(
         self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path

@@ -228,10 +228,18 @@ def _notes(name: str, found: Sequence[Mapping[str, Any] | None], labels: Sequenc
         if any(value != values[0] for value in values):
             what = "the questions" if setting == "digest" else f"{setting} ({', '.join(map(str, values))})"
             notes.append(f"{name}: the runs differ in {what}; the difference is not the model's alone")
-    judges = [scores["judge"]["answered"] for scores in present if "judge" in scores]
+    judges = [_judged_by(scores) for scores in present]
     if any(judge != judges[0] for judge in judges):
-        notes.append(f"{name}: judged by {' and by '.join(map(str, judges))}; not comparable")
+        notes.append(f"{name}: judged by {' and by '.join(judges)}; not comparable")
     return notes
+
+
+def _judged_by(scores: Mapping[str, Any]) -> str:
+    judge = scores.get("judge")
+    if not judge:
+        return "rules alone"
+    runs = f" in {judge['runs']} runs" if judge.get("runs", 1) > 1 else ""
+    return f"{' and '.join(judge['answered']) or judge['asked']}{runs}"
 
 
 def read_questions(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

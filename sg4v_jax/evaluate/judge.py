@@ -25,11 +25,13 @@ class Question:
       messages: as /chat/completions takes them.
       max_tokens: of the verdict.
       temperature: as the benchmark's tool asks.
+      repeat: which asking of the same words this is; the memory keeps them apart.
     """
 
     messages: tuple[Mapping[str, str], ...]
     max_tokens: int
     temperature: float
+    repeat: int = 0
 
     def body(self, model: str) -> dict[str, Any]:
         """The JSON body."""
@@ -59,14 +61,25 @@ class Verdict:
 class Judge:
     """A judge with a memory: what was asked once is never paid for again."""
 
-    def __init__(self, endpoint: Endpoint, model: str, cache: str | os.PathLike[str], *, workers: int = 8):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        cache: str | os.PathLike[str],
+        *,
+        runs: int = 0,
+        workers: int = 8,
+    ):
         """Args:
         endpoint: where to ask.
         model: whom to ask.
         cache: a file of JSON lines, made if need be.
+        runs: how often each answer is judged where the official tool does so repeatedly; 0 is as there.
         workers: questions under way at a time.
         """
-        self.model = model
+        if runs < 0:
+            raise ValueError(f"runs={runs} is negative")
+        self.model, self.runs = model, runs
         self._endpoint, self._workers = endpoint, workers
         pathlib.Path(cache).parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(cache)
@@ -100,7 +113,8 @@ class Judge:
         body = json.dumps(question.body(self.model), ensure_ascii=False, sort_keys=True).encode(
             "utf-8", "replace"
         )
-        key = hashlib.sha256(body).hexdigest()
+        repeat = f"#{question.repeat}".encode() if question.repeat else b""
+        key = hashlib.sha256(body + repeat).hexdigest()
         if key in self._known:
             return self._known[key]
         for attempt in range(_RETRIES):

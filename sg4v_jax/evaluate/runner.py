@@ -110,7 +110,7 @@ def score(
     failed = {sample.id: entries[sample.id]["error"] for sample in samples if entries[sample.id]["error"]}
     marks, judged = _marks(benchmark, samples, entries, failed, judge)
     marked = [
-        Marked(s.id, s.truth, s.fields, entries[s.id]["text"], mark.parsed, mark.score)
+        Marked(s.id, s.truth, s.fields, entries[s.id]["text"], mark.parsed, mark.score, mark.verdicts)
         for s, mark in zip(samples, marks, strict=True)
     ]
     write_lines(
@@ -127,6 +127,7 @@ def score(
         **dataclasses.asdict(settings),
         "headline": (benchmark.headline or metrics[0].name) if metrics else "",
         "metrics": {metric.name: _numbers(metric) for metric in metrics},
+        "details": benchmark.details(marked) if metrics else {},
         "not_scored": "" if metrics else _not_scored(benchmark, judge),
         "without_answer": len(failed),
         "unreadable": sum(not m.parsed and m.score == 0 and m.id not in failed for m in marked),
@@ -152,7 +153,10 @@ def read_marked(folder: pathlib.Path) -> list[Marked]:
         raise FileNotFoundError(f"{path}: not there; finish the run first")
     names = [field.name for field in dataclasses.fields(Marked)]
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [Marked(**{name: line[name] for name in names}) for line in map(json.loads, filter(None, lines))]
+    return [
+        Marked(**{name: line[name] for name in names if name in line})
+        for line in map(json.loads, filter(None, lines))
+    ]
 
 
 def read_scores(output: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -179,13 +183,22 @@ def summary(scores: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"{found['title']:<26}{'not scored':<24}{'':>9}  {'':<19}{counts}")
             notes.append(f"{name}: {found['not_scored'] or 'nothing to divide by'}")
         if found["unreadable"]:
+            without = f" ({found['without_judge']})" if found.get("without_judge") else ""
             notes.append(
-                f"{name}: {found['unreadable']} answers that no rule could read; they count as wrong"
+                f"{name}: {found['unreadable']} answers that couldn't be read; they count as wrong{without}"
             )
+        if found.get("details"):
+            notes.append(f"{name}: {', '.join(f'{k} {_shown(v)}' for k, v in found['details'].items())}")
         if found["problems"]:
             notes.append(f"{name}: {len(found['problems'])} problems, the first: {found['problems'][0]}")
         notes += [f"{name}: submit {file}" for file in found["submission"] if found["server"]]
     return "\n".join([*lines, *notes])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _marks(
@@ -197,28 +210,31 @@ def _marks(
 ) -> tuple[list[Mark], dict[str, Any]]:
     """(marks, what to say of the judge). Without an answer nothing is right."""
     answers = [entries[sample.id]["text"] for sample in samples]
+    marks = benchmark.marks(samples, answers)
+    for i, sample in enumerate(samples):
+        if sample.id in failed:
+            marks[i] = Mark("", None if marks[i].score is None else 0.0)
     if not isinstance(benchmark, JudgedBenchmark):
-        marks = benchmark.marks(samples, answers)
-        for i, sample in enumerate(samples):
-            if sample.id in failed:
-                marks[i] = Mark("", None if marks[i].score is None else 0.0)
         return marks, {}
-    marks = [Mark("", None)] * len(samples)
     if judge is None:
-        return marks, {}
-    asked = [i for i, sample in enumerate(samples) if sample.id not in failed]
-    verdicts, reasons, models = benchmark.judge(
-        judge, [samples[i] for i in asked], [answers[i] for i in asked]
-    )
-    for i, mark in zip(asked, verdicts, strict=True):
-        marks[i] = mark
+        return marks, {"without_judge": benchmark.without_judge}
+    open_ = [
+        i
+        for i, (sample, mark) in enumerate(zip(samples, marks, strict=True))
+        if not mark.parsed and sample.id not in failed and sample.truth is not None
+    ]
+    judgement = benchmark.judge(judge, [samples[i] for i in open_], [answers[i] for i in open_])
+    for i, verdict in zip(open_, judgement.marks, strict=True):
+        marks[i] = verdict or marks[i]
     return marks, {
         "judge": {
             "asked": judge.model,
-            "answered": sorted(models),
+            "answered": sorted(judgement.models),
             "published_with": benchmark.judge_model,
-            "without_verdict": len(reasons),
-            "reasons": dict(list(reasons.items())[:_SHOWN_PROBLEMS]),
+            "answers": len(open_),
+            "runs": benchmark.runs_with(judge),
+            "without_verdict": len(judgement.reasons),
+            "reasons": dict(list(judgement.reasons.items())[:_SHOWN_PROBLEMS]),
         }
     }
 

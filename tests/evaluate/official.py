@@ -62,6 +62,7 @@ def pope(root: pathlib.Path) -> None:
 
 
 def mmbench(root: pathlib.Path, name: str = "mmbench/mmbench_dev_20230712.tsv") -> None:
+    """The dev split, or by the name of its file the test split, which has no answers."""
     image = base64.b64encode(png()).decode()
     columns = "index,question,hint,A,B,C,D,answer,category,image,source,l2-category,comment,split"
     options = ["a cat", 'a "red" dog', "two", "None"]
@@ -75,7 +76,12 @@ def mmbench(root: pathlib.Path, name: str = "mmbench/mmbench_dev_20230712.tsv") 
             cell = image if turn == 0 or number == 7 else str(number)
             rows.append([*values, answer, f"kind {number}", cell, "web", "coarse", "", "dev"])
     quote = lambda cell: '"' + str(cell).replace('"', '""') + '"' if cell != "" else ""  # noqa: E731
-    text = "\n".join("\t".join(map(quote, row)) for row in [columns.split(","), *rows]) + "\n"
+    table = [columns.split(","), *rows]
+    if "test" in name:
+        table = [
+            [cell for cell, column in zip(r, table[0], strict=True) if column != "answer"] for r in table
+        ]
+    text = "\n".join("\t".join(map(quote, row)) for row in table) + "\n"
     write(root / name, text)
 
 
@@ -163,9 +169,29 @@ def vizwiz(root: pathlib.Path) -> None:
 
 
 def gqa(root: pathlib.Path) -> None:
-    line = {"imageId": "n1", "question": "Is it red?", "answer": "yes", "types": {"structural": "verify"}}
-    query = {**line, "question": "What color?", "answer": "light blue", "types": {"structural": "query"}}
-    write(root / "gqa/data/testdev_balanced_questions.json", {"201": line, "202": query})
+    shared = {"imageId": "n1", "isBalanced": True, "groups": {"global": "color"}}
+    red = {
+        **{"question": "Is it red?", "answer": "yes", "entailed": ["201", "203"]},
+        "types": {"structural": "verify", "semantic": "attr", "detailed": "verifyAttr"},
+        "semantic": [
+            {"operation": "select", "argument": "car (1)"},
+            {"operation": "verify", "argument": "red"},
+        ],
+    }
+    color = {
+        **{"question": "What color?", "answer": "light blue", "entailed": []},
+        "types": {"structural": "query", "semantic": "global", "detailed": "place"},
+        "semantic": [{"operation": "query", "argument": "name"}],
+    }
+    asked = {"201": {**shared, **red}, "202": {**shared, **color}}
+    more = {**shared, **red, "question": "Is it not blue?", "isBalanced": False}
+    write(root / "gqa/data/testdev_balanced_questions.json", asked)
+    write(root / "gqa/data/testdev_all_questions.json", {**asked, "203": more})
+    choices = {"201": ["yes", "no"], "202": ["light blue", "red"]}
+    write(
+        root / "gqa/data/testdev_choices.json",
+        {id_: {"valid": texts, "plausible": texts[:1]} for id_, texts in choices.items()},
+    )
     write(root / "gqa/images/n1.jpg", png())
 
 
@@ -221,6 +247,8 @@ WRITERS: dict[str, Callable[[pathlib.Path], None]] = {
     "mme": mme,
     "mmbench": mmbench,
     "mmbench-cn": lambda root: mmbench(root, "mmbench/mmbench_dev_cn_20231003.tsv"),
+    "mmbench-test": lambda root: mmbench(root, "mmbench/mmbench_test_20230712.tsv"),
+    "mmbench-cn-test": lambda root: mmbench(root, "mmbench/mmbench_test_cn_20231003.tsv"),
     "seed": seed,
     "mmvet": mmvet,
     "qbench": qbench,
@@ -230,6 +258,7 @@ WRITERS: dict[str, Callable[[pathlib.Path], None]] = {
     "vizwiz": vizwiz,
     "vizwiz-val": vizwiz,
     "gqa": gqa,
+    "gqa-consistency": gqa,
     "textvqa": textvqa,
     "textvqa-no-ocr": textvqa,
     "pope": pope,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sg4v_jax.evaluate.benchmark import Sample
-from sg4v_jax.evaluate.registry import BENCHMARKS, get_benchmarks
+from sg4v_jax.evaluate.registry import BENCHMARKS, get_benchmarks, load_benchmarks
 from sg4v_jax.evaluate.runner import Report, run_benchmark
 from sg4v_jax.evaluate.settings import Choices
 from sg4v_jax.infer.request import Request
@@ -60,7 +60,7 @@ def test_right_answers_score_full_marks(name: str, data: pathlib.Path, tmp_path:
     assert len(lines) == report.settings.samples == report.asked
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if name not in ("caption", "pope")])
+@pytest.mark.parametrize("name", [name for name in HERE if name not in ("caption", "pope", "gqa-consistency")])
 def test_wrong_answers_score_nothing(name: str, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     report = run(name, data, tmp_path, lambda request: "hm?")
     assert report.scores["metrics"][report.scores["headline"]]["value"] == 0
@@ -176,6 +176,17 @@ def test_vqav2_submission(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
 def test_vizwiz_submission(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     text = submission("vizwiz", "vizwiz_test.json", data, tmp_path, lambda request: "Unanswerable")
     assert json.loads(text) == [{"image": "VizWiz_test_00000000.jpg", "answer": "unanswerable"}] * 2
+
+
+def test_mmbench_test_is_for_the_server(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    import openpyxl
+
+    report = run("mmbench-cn-test", data, tmp_path, lambda request: "B")
+    assert report.scores["metrics"] == {} and "submit the file to OpenCompass" in report.scores["not_scored"]
+    path = tmp_path / "mmbench-cn-test/submission/mmbench_test_cn_20231003.xlsx"
+    head, first, *_ = openpyxl.load_workbook(path).active.iter_rows(values_only=True)
+    assert head == ("index", "question", "A", "B", "C", "D", "prediction", "split")
+    assert first == (7, "What is\tthis?", "a cat", 'a "red" dog', "two", None, "B", "dev")
 
 
 def test_gqa_submission(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -308,8 +319,60 @@ def test_textvqa_prompts_from_rosetta(tmp_path: pathlib.Path) -> None:
     assert first.question == f"What BRAND?\nReference OCR token: Nokia, 6{SHORT}"
 
 
+def test_all_takes_what_is_there(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder MME or mme for mme"):
+        load_benchmarks("mme,gqa", tmp_path)
+    for name in ("gqa", "pope", "seed"):
+        WRITERS[name](tmp_path)
+    shutil.rmtree(tmp_path / "pope/val2014")
+    loaded, left_out = load_benchmarks("all", tmp_path)
+    assert set(loaded) == {"gqa", "gqa-consistency", "seed", "world"}
+    assert len(left_out) + len(loaded) == len(BENCHMARKS)
+    reasons = dict(reason.split(": ", 1) for reason in left_out)
+    assert "i.jpg: not there" in reasons["pope"] and "no folder vqav2" in reasons["vqav2"]
+    assert "pope" in load_benchmarks("all", tmp_path, answered=["pope"])[0]
+    with pytest.raises(FileNotFoundError, match=r"val2014/i\.jpg: not there, nor are the images after it"):
+        load_benchmarks("pope", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "moves"),
+    [
+        ("mmvet", [("mm-vet", "mmvet/mm-vet")]),
+        ("mmvet", [("mm-vet", "mm-vet/resources")]),
+        ("llava-bench", [("llava-bench-in-the-wild", "llava-bench-in-the-wild/resources")]),
+        ("gqa", [("gqa/data", "gqa/questions1.2"), ("gqa/images", "gqa/data/images")]),
+        ("qbench", [("qbench/images_llvisionqa", "qbench/images_llviqionqa")]),
+        ("mme", [("MME/MME_Benchmark_release_version", "MME/MME_Benchmark_release")]),
+        ("mme", [("MME/MME_Benchmark_release_version", "MME/MME_Benchmark_release_version/MME_Benchmark")]),
+        ("pope", [("pope/coco", "pope")]),
+        (
+            "textvqa",
+            [("textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/share4v_textvqa_val_v051_ocr.jsonl")],
+        ),
+        ("vizwiz", [("vizwiz/test.json", "vizwiz/Annotations/test.json")]),
+    ],
+)
+def test_folders_as_people_have_them(name: str, moves: list[tuple[str, str]], tmp_path: pathlib.Path) -> None:
+    WRITERS[name](tmp_path)
+    count = len(BENCHMARKS[name].load(tmp_path).samples)
+    for source, target in moves:
+        moved = (tmp_path / source).rename(tmp_path / "moved")
+        (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+        if moved.is_dir() and (tmp_path / target).is_dir():
+            for path in list(moved.iterdir()):
+                path.rename(tmp_path / target / path.name)
+            moved.rmdir()
+        else:
+            moved.rename(tmp_path / target)
+    loaded = BENCHMARKS[name].load(tmp_path)
+    loaded.require_images(name)
+    assert len(loaded.samples) == count
+
+
 def test_names() -> None:
     assert [benchmark.name for benchmark in get_benchmarks("mme, pope,mme")] == ["mme", "pope"]
+    assert len(get_benchmarks("paper")) == 12 and len(get_benchmarks("paper,all")) == len(BENCHMARKS)
     with pytest.raises(ValueError, match="did you mean mmbench"):
         get_benchmarks("mmbensh")
     with pytest.raises(ValueError, match="which benchmarks"):

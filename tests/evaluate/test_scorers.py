@@ -20,7 +20,7 @@ from sg4v_jax.evaluate.caption_scores import cider, words
 from sg4v_jax.evaluate.choices import NONE_OF_THEM, infer_option
 from sg4v_jax.evaluate.statistics import value
 from sg4v_jax.evaluate.vqa_accuracy import evalai_answer, textvqa_accuracy, vqa_accuracy
-from tests.evaluate.official import png
+from tests.evaluate.official import png, write
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -164,6 +164,23 @@ def test_scienceqa_answers(answer: str, parsed: str) -> None:
     assert scienceqa.parse(answer) == parsed
 
 
+def test_scienceqa_of_llavas_public_answers() -> None:
+    """8,482 answers, by the letters of their sentences "The answer is X." and how LLaVA's tool read them.
+
+    One differs: D for a question of two options. The tool of that time guessed one of the two at random,
+    where today's (a `return` stands before the guess) counts it wrong, as we do.
+    """
+    answers, others = 0, []
+    for rows in golden("scienceqa_llava.json").values():
+        for letters, index, count in rows:
+            text = "SOLUTION: Because.\n" + "\n".join(f" The answer is {letter}." for letter in letters)
+            answers += count
+            if "ABCDE".find(scienceqa.parse(text) or "?") != index:
+                others.append((letters, index, count))
+    assert (answers, others) == (8482, [("D", 1, 1)])
+    assert scienceqa.ScienceQA().mark(sample(None, "B", ("cod", "owl")), "The answer is D.").score == 0
+
+
 def sample(benchmark: Any, truth: str, choices: tuple[str, ...] = ()) -> Any:
     from sg4v_jax.evaluate.benchmark import Sample
 
@@ -187,6 +204,101 @@ def sample(benchmark: Any, truth: str, choices: tuple[str, ...] = ()) -> Any:
 )
 def test_marks(benchmark: Any, truth: str, answer: str, score: float) -> None:
     assert benchmark.mark(sample(benchmark, truth, ("cod", "owl")), answer).score == score
+
+
+def random_gqa(random: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """(questions, choices, answers) with all that eval.py looks at."""
+    pick = lambda *options: options[random.integers(len(options))]  # noqa: E731
+    words = ("yes", "no", "red", "blue", "color", "left", "")
+    questions: dict[str, Any] = {}
+    for i in range(150):
+        operations = (("select", "car (1)"), ("query", "name"), ("exist", "?"), ("choose name", "a|b"))
+        program = [pick(*operations, ("relate", "on,s")) for _ in range(random.integers(1, 6))]
+        questions[f"q{i}"] = {
+            "question": " ".join(["What"] * random.integers(2, 9)),
+            "imageId": "n1",
+            "answer": pick(*words[:-1]),
+            "isBalanced": bool(random.random() < 0.7),
+            "types": {
+                "structural": pick("query", "verify", "logical", "choose", "compare"),
+                "semantic": pick("attr", "cat", "global", "obj", "rel"),
+                "detailed": pick("verifyAttr", "twoCommon", "place"),
+            },
+            "groups": {"global": pick(None, "color", "place", "room")},
+            "semantic": [{"operation": name, "argument": argument} for name, argument in program],
+            "entailed": [f"q{random.integers(150)}" for _ in range(random.integers(0, 4))],
+        }
+    choices = {id_: {"valid": [pick(*words), pick(*words)], "plausible": [pick(*words)]} for id_ in questions}
+    answers = {
+        id_: pick(line["answer"], line["answer"].upper() + "..", *words) for id_, line in questions.items()
+    }
+    return questions, choices, answers
+
+
+def gqa_by_definition(
+    questions: dict[str, Any], choices: dict[str, Any], answers: dict[str, str]
+) -> dict[str, float]:
+    """What eval.py prints, from what it says of its metrics; another way than ours."""
+    said = {id_: text.rstrip(".").lower() for id_, text in answers.items()}
+    right = {id_: said[id_] == line["answer"] for id_, line in questions.items()}
+    balanced = [id_ for id_, line in questions.items() if line["isBalanced"]]
+    percent = lambda values: 100 * float(np.mean([*values]))  # noqa: E731
+    found = {"accuracy": percent(right[i] for i in balanced)}
+    groups: dict[str, list[str]] = {}
+    full = {"attr": "attribute", "cat": "category", "global": "scene", "obj": "object", "rel": "relation"}
+    for i in balanced:
+        line = questions[i]
+        names = [f"{op['operation']}: {op['argument']}" for op in line["semantic"]]
+        steps = [n for n in names if "exist" not in n and "query: name" not in n and "choose name" not in n]
+        for key in (
+            "open" if line["types"]["structural"] == "query" else "binary",
+            f"structural type: {line['types']['structural']}",
+            f"semantic type: {full[line['types']['semantic']]}",
+            f"steps: {len(steps)}",
+            f"words: {line['question'].count(' ') + 1}",
+        ):
+            groups.setdefault(key, []).append(i)
+    found |= {key: percent(right[i] for i in ids) for key, ids in groups.items()}
+    for metric, key in (("validity", "valid"), ("plausibility", "plausible")):
+        common = ("color", "material", "shape")
+        found[metric] = percent(
+            said[i] in (common if "Common" in questions[i]["types"]["detailed"] else choices[i][key])
+            for i in balanced
+        )
+    entailed = {i: [other for other in questions[i]["entailed"] if other != i] for i in balanced}
+    found["consistency"] = percent(
+        np.mean([right[j] for j in entailed[i]]) for i in balanced if right[i] and entailed[i]
+    )
+    statistics, sizes = [], []
+    for group in ("color", "place", "room"):
+        members = [i for i in balanced if questions[i]["groups"]["global"] == group]
+        texts = sorted({questions[i]["answer"] for i in members})
+        expected = np.array([sum(questions[i]["answer"] == text for i in members) for text in texts])
+        observed = np.array([sum(said[i] == text for i in members) for text in texts])
+        statistics.append(np.sum((observed - expected) ** 2 / expected))
+        sizes.append(len(members))
+    found["distribution"] = float(np.average(statistics, weights=sizes)) / 100
+    return found
+
+
+@pytest.mark.parametrize("seed_", range(3))
+def test_gqa_is_what_its_script_prints(seed_: int, tmp_path: pathlib.Path) -> None:
+    questions, choices, answers = random_gqa(np.random.default_rng(seed_))
+    write(tmp_path / "gqa/data/testdev_all_questions.json", questions)
+    write(tmp_path / "gqa/data/testdev_choices.json", choices)
+    benchmark = gqa.GQAConsistency()
+    samples = benchmark.load(tmp_path).samples
+    marks = benchmark.marks(samples, [answers[sample.id] for sample in samples])
+    marked = [
+        Marked(s.id, s.truth, s.fields, answers[s.id], mark.parsed, mark.score)
+        for s, mark in zip(samples, marks, strict=True)
+    ]
+    found = {metric.name: value(metric) for metric in benchmark.metrics(marked)}
+    assert found | benchmark.details(marked) == pytest.approx(gqa_by_definition(questions, choices, answers))
+    # Of balanced questions alone there is no consistency: what they entail wasn't asked.
+    balanced = [line for line in marked if line.fields["balanced"]]
+    found = {metric.name: metric.measured for metric in benchmark.metrics(balanced)}
+    assert found["accuracy"] and not found["consistency"]
 
 
 def test_captions_equal_cocos_tool() -> None:

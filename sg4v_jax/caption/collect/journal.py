@@ -46,7 +46,7 @@ class Journal:
                 offset += len(line)
 
     def append(self, *entries: dict[str, Any]) -> int:
-        """Writes lines, and returns when they are on disk (see `sync_every`); gives the byte offset of the first.
+        """Writes lines, on disk as `sync_every` says; gives the byte offset of the first.
 
         Raises:
           OSError: they could not be written; none of them is in the file.

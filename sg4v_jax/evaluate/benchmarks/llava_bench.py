@@ -77,7 +77,7 @@ class LLaVABench(JudgedBenchmark):
         messages = ({"role": "system", "content": _SYSTEM}, {"role": "user", "content": text})
         return Question(messages, 1024, 0.2)
 
-    def read_verdict(self, text: str) -> Mark | None:
+    def read_verdict(self, sample: Sample, text: str) -> Mark | None:
         """Two numbers on the first line: the reference's and the model's. The parsed mark keeps both."""
         words = text.split("\n")[0].replace(",", " ").split(" ")
         try:
@@ -99,7 +99,7 @@ class LLaVABench(JudgedBenchmark):
     def submit(
         self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
     ) -> list[pathlib.Path]:
-        """The answers as eval_gpt_review_bench.py reads them."""
+        """The answers as eval_gpt_review_bench.py reads them, and the reviews as it writes them."""
         lines: list[dict[str, object]] = [
             {
                 "question_id": int(x.id) if x.id.isdigit() else x.id,
@@ -109,7 +109,24 @@ class LLaVABench(JudgedBenchmark):
             }
             for x in marked
         ]
-        return [write_lines(folder / "llava_bench_answers.jsonl", lines)]
+        written = [write_lines(folder / "llava_bench_answers.jsonl", lines)]
+        if all(x.verdicts for x in marked):
+            reviews = (_review(number, x) for number, x in enumerate(marked, start=1))
+            written.append(write_lines(folder / "reviews_llava_bench.jsonl", reviews))
+        return written
+
+
+def _review(number: int, line: Marked) -> dict[str, object]:
+    """A line that summarize_gpt_review.py reads."""
+    return {
+        "id": number,
+        "question_id": int(line.id) if line.id.isdigit() else line.id,
+        "answer1_id": line.id,
+        "answer2_id": line.id,
+        "category": f"llava_bench_{line.fields['category']}",
+        "content": line.verdicts[0]["text"],
+        "tuple": [float(word) for word in line.parsed.split(" ")],
+    }
 
 
 def _relative(name: str, rated: Sequence[Marked]) -> Metric:

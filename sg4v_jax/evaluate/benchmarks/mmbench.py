@@ -6,9 +6,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from sg4v_jax.evaluate.benchmark import LETTER_ANSWER, Benchmark, Mark, Marked, Metric, Sample, Term
-from sg4v_jax.evaluate.choices import infer_option, lettered
+from sg4v_jax.evaluate.benchmark import LETTER_ANSWER, Mark, Marked, Metric, Sample, Term
+from sg4v_jax.evaluate.choices import infer_option, lettered, matching_prompt
 from sg4v_jax.evaluate.files import find, read_table
+from sg4v_jax.evaluate.judge import Question
+from sg4v_jax.evaluate.judged import JudgedBenchmark
 
 # Rows from here on are rotations of the row with the rest of the number.
 _ROTATION = 1_000_000
@@ -19,12 +21,16 @@ _NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category
 _PREDICTION_COLUMN = 6
 
 
-class MMBench(Benchmark):
-    """A question is right if all its rotations are."""
+class MMBench(JudgedBenchmark):
+    """A question is right if all its rotations are. A judge, if there is one, reads what rules can't."""
 
     name, title = "mmbench", "MMBench"
     folders = ("mmbench", "MMBench")
     max_new_tokens = 1024
+    judged = False
+    judge_model = "gpt-3.5-turbo-0125 in VLMEvalKit; the server's is not known"
+    attempts = 3
+    without_judge = "no judge read what rules can't: wrong, as in VLMEvalKit's exact matching"
     suffix: ClassVar[str] = LETTER_ANSWER
     files: ClassVar[tuple[str, ...]] = (
         *("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv"),
@@ -65,6 +71,7 @@ class MMBench(Benchmark):
             truth=row.get("answer"),
             fields={
                 "group": str(int(index) % _ROTATION),
+                "question": row["question"],
                 "category": row.get("category"),
                 "l2-category": row.get("l2-category"),
             },
@@ -75,6 +82,16 @@ class MMBench(Benchmark):
     def mark(self, sample: Sample, answer: str) -> Mark:
         parsed = infer_option(answer, dict(zip(_LETTERS, sample.choices, strict=False)))
         return Mark(parsed, None if sample.truth is None else float(parsed == sample.truth))
+
+    def question(self, sample: Sample, answer: str, attempt: int) -> Question:
+        """To match an answer with the options, as VLMEvalKit asks; the same words each time."""
+        text = matching_prompt(sample.fields["question"], sample.choices, answer)
+        return Question(({"role": "user", "content": text},), 2048, 0.0, repeat=attempt)
+
+    def read_verdict(self, sample: Sample, text: str) -> Mark | None:
+        """By the rules that answers are read by."""
+        mark = self.mark(sample, text)
+        return mark if mark.parsed else None
 
     def metrics(self, marked: Sequence[Marked]) -> tuple[Metric, ...]:
         groups: dict[str, list[Marked]] = {}
@@ -117,6 +134,28 @@ class MMBenchCN(MMBench):
     files = (
         *("mmbench_dev_cn_20231003.tsv", "mmbench_dev_cn_20230712.tsv"),
         *("MMBench_DEV_CN.tsv", "MMBench_DEV_CN_V11.tsv"),
+    )
+
+
+class MMBenchTest(MMBench):
+    """The test split, which a server scores."""
+
+    name, title = "mmbench-test", "MMBench test"
+    server = "OpenCompass (mmbench.opencompass.org.cn)"
+    files = (
+        *("mmbench_test_20230712.tsv", "mmbench_test_en_20231003.tsv"),
+        *("MMBench_TEST_EN.tsv", "MMBench_TEST_EN_V11.tsv"),
+    )
+
+
+class MMBenchCNTest(MMBenchCN):
+    """The test split in Chinese."""
+
+    name, title = "mmbench-cn-test", "MMBench-CN test"
+    server = MMBenchTest.server
+    files = (
+        *("mmbench_test_cn_20231003.tsv", "mmbench_test_cn_20230712.tsv"),
+        *("MMBench_TEST_CN.tsv", "MMBench_TEST_CN_V11.tsv"),
     )
 
 

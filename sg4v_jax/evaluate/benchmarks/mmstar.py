@@ -18,7 +18,11 @@ class MMStar(MMBench):
     def sample(self, row: Mapping[str, str | None], image: bytes) -> Sample:
         """A row as a question; nothing is a rotation."""
         sample = super().sample(row, image)
-        fields = {"category": row.get("category"), "l2-category": row.get("l2_category")}
+        fields = {
+            "question": row["question"],
+            "category": row.get("category"),
+            "l2-category": row.get("l2_category"),
+        }
         return Sample(**{**vars(sample), "fields": fields})
 
     def metrics(self, marked: Sequence[Marked]) -> tuple[Metric, ...]:

@@ -1,10 +1,15 @@
 """MM-Vet: open questions that need several capabilities at once, graded by GPT-4 (Yu et al. 2023)."""
 
+import csv
+import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from sg4v_jax.evaluate.benchmark import Mark, Marked, Metric, Sample, mean
-from sg4v_jax.evaluate.files import find, lacks, read_json, write_json
+from sg4v_jax.evaluate.files import find, lacks, read_json, write_json, write_text
 from sg4v_jax.evaluate.judge import Question
 from sg4v_jax.evaluate.judged import JudgedBenchmark
 
@@ -43,19 +48,20 @@ _AGAIN = "\nPredict the correctness of the answer (digit): "
 
 
 class MMVet(JudgedBenchmark):
-    """218 questions; the mean of the grades, overall and by capability."""
+    """218 questions; the mean of the grades over five runs of the grader, overall and by capability."""
 
     name, title = "mmvet", "MM-Vet"
     folders = ("mm-vet", "mmvet", "MM-Vet")
     max_new_tokens = 1024
     aspect = "square"
     judge_model = "gpt-4-0613"
-    attempts = 6
+    attempts = 5
+    runs = 5
 
     def read(self, root: pathlib.Path) -> tuple[list[Sample], list[str]]:
-        nested = root / "resources" if (root / "resources").is_dir() else root
-        path = find(nested, ("mm-vet.json",), "mm-vet.zip of the MM-Vet repository's release v1")
-        prefix = "resources/" if nested != root else ""
+        names = ("mm-vet.json", "resources/mm-vet.json", "mm-vet/mm-vet.json")
+        path = find(root, names, "mm-vet.zip of the MM-Vet repository's release v1")
+        prefix = "" if path.parent == root else f"{path.parent.name}/"
         samples: list[Sample] = []
         problems: list[str] = []
         for id_, line in read_json(path, dict).items():
@@ -80,7 +86,7 @@ class MMVet(JudgedBenchmark):
         # The first time again is asked at the same temperature, with other words.
         return Question((message,), 3, 0.5 * max(0, attempt - 1))
 
-    def read_verdict(self, text: str) -> Mark | None:
+    def read_verdict(self, sample: Sample, text: str) -> Mark | None:
         first = text.split(" ")[0].strip()
         try:
             grade = float(first)
@@ -96,8 +102,71 @@ class MMVet(JudgedBenchmark):
         parts = [mean(name, [x for x in graded if name in x.fields["capabilities"]]) for name in names]
         return (mean("total", graded), *parts)
 
+    def details(self, marked: Sequence[Marked]) -> Mapping[str, Any]:
+        """The total of each run, and their standard deviation: what the paper gives beside the mean."""
+        totals = 100 * np.mean([_grades(line) for line in marked if line.score is not None], axis=0)
+        return {"totals of the runs": totals.tolist(), "standard deviation": float(totals.std())}
+
     def submit(
         self, marked: Sequence[Marked], folder: pathlib.Path, root: pathlib.Path
     ) -> list[pathlib.Path]:
-        """The answers by id, as the official grader takes them."""
-        return [write_json(folder / "mm-vet.json", {line.id: line.answer for line in marked}, indent=4)]
+        """The answers as the official grader takes them; with grades, its own files, to go on with."""
+        written = [write_json(folder / "mm-vet.json", {line.id: line.answer for line in marked}, indent=4)]
+        graded = [line for line in marked if line.score is not None]
+        if not graded:
+            return written
+        judge = graded[0].verdicts[0]["model"].replace("/", "_")
+        stem, runs = f"mm-vet_{judge}", f"{len(_grades(graded[0]))}runs"
+        written.append(write_json(folder / f"{stem}-grade-{runs}.json", _grade_file(graded), indent=4))
+        if len(graded) == len(marked):
+            parts = {"cap-score": _by_capability(marked), "cap-int-score": _by_integration(marked)}
+            for name, columns in parts.items():
+                text = _table("mm-vet", columns, self.details(marked))
+                written.append(write_text(folder / f"{stem}-{name}-{runs}.csv", text))
+        return written
+
+
+def _grades(line: Marked) -> list[float]:
+    """The grades of all runs."""
+    return [float(word) for word in line.parsed.split(" ")]
+
+
+def _grade_file(graded: Sequence[Marked]) -> dict[str, dict[str, list[Any]]]:
+    """What mm-vet_evaluator.py keeps; it asks for the questions that aren't in it."""
+    return {
+        line.id: {
+            "model": [verdict["model"] for verdict in line.verdicts],
+            "content": line.parsed.split(" "),
+            "score": _grades(line),
+        }
+        for line in graded
+    }
+
+
+def _by_capability(marked: Sequence[Marked]) -> dict[str, list[Marked]]:
+    parts: dict[str, list[Marked]] = {}
+    for line in marked:
+        for name in set(line.fields["capabilities"]):
+            parts.setdefault(name, []).append(line)
+    return parts
+
+
+def _by_integration(marked: Sequence[Marked]) -> dict[str, list[Marked]]:
+    """By what has to work together, named in the order of the alphabet; the official order is by chance."""
+    parts: dict[str, list[Marked]] = {}
+    for line in marked:
+        parts.setdefault("_".join(sorted(set(line.fields["capabilities"]))), []).append(line)
+    return parts
+
+
+def _table(model: str, parts: Mapping[str, Sequence[Marked]], details: Mapping[str, Any]) -> str:
+    """One of the grader's tables: the largest part first, one decimal."""
+    names = sorted(parts, key=lambda name: (-len(parts[name]), name))
+    everything = {line.id: line for part in parts.values() for line in part}.values()
+    means = [100 * float(np.mean([line.score for line in part])) for part in map(parts.__getitem__, names)]
+    total = 100 * float(np.mean([line.score for line in everything]))
+    runs = [round(value, 1) for value in details["totals of the runs"]]
+    row = [*(round(value, 1) for value in (*means, total, details["standard deviation"])), str(runs)]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["", *names, "total", "std", "runs"], [model, *row]])
+    return text.getvalue()

@@ -20,7 +20,7 @@ class VizWiz(Benchmark):
     server = "EvalAI challenge 1911"
 
     def read(self, root: pathlib.Path) -> tuple[list[Sample], list[str]]:
-        path = find(root, (*_PREPARED, "test.json"), _ORIGIN)
+        path = find(root, (*_PREPARED, "test.json", "Annotations/test.json"), _ORIGIN)
         if path.suffix == ".json":
             return read_official(path, "test")
         problems: list[str] = []
@@ -55,7 +55,7 @@ class VizWizVal(VizWiz):
     server = ""
 
     def read(self, root: pathlib.Path) -> tuple[list[Sample], list[str]]:
-        return read_official(find(root, ("val.json",), _ORIGIN), "val")
+        return read_official(find(root, ("val.json", "Annotations/val.json"), _ORIGIN), "val")
 
     def mark(self, sample: Sample, answer: str) -> Mark:
         return Mark(evalai_answer(answer), vqa_accuracy(answer, sample.truth))
