@@ -5,11 +5,12 @@ for a kernel, and copying costs as much as reading. The new position is not in t
 new positions are written together, after the last layer (`models.cache`).
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 from jaxtyping import Array, Float, Int
 
 from sg4v_jax.kernels.attention import interpreter, wanted_implementation
@@ -20,8 +21,9 @@ from sg4v_jax.parallel.rules import spec
 
 # Of keys and values; without the last one, of their scales.
 CACHE_AXES = ("layers", "batch", "kv_heads", "length", "head_dim")
-# Positions that the plain form reads at a time on a CPU: it stops after the longest slot.
-CPU_BLOCK = 128
+# What the plain form reads at a time on a CPU: so many positions of as many slots as have so many bytes of
+# keys, which a core's cache holds. It stops after the longest of these slots.
+CPU_BLOCK, CPU_BYTES = 128, 1 << 18
 
 
 def decode_attention(
@@ -69,15 +71,23 @@ def decode_attention(
             return _on_mesh(run, *operands)
         if implementation != "auto":
             raise ValueError(f"decoding with {wanted!r} can't run this: {reason}")
-    capacity = _capacity(key, cached_key)
-    block = CPU_BLOCK if jax.default_backend() == "cpu" and capacity % CPU_BLOCK == 0 else capacity
-    return blockwise(*operands, block)
+    return blockwise(*operands, *_plain_blocks(key, cached_key))
 
 
 def _capacity(key: Array, cached_key: Array) -> int:
     """Positions of a slot."""
     count, rows = cached_key.shape[2:4]
     return count * rows // key.shape[1]
+
+
+def _plain_blocks(key: Array, cached_key: Array) -> tuple[int, int]:
+    """How many slots, and positions of them, the plain form takes at a time."""
+    batch, capacity, mesh = key.shape[0], _capacity(key, cached_key), jax.sharding.get_abstract_mesh()
+    if jax.default_backend() != "cpu" or capacity % CPU_BLOCK:
+        return batch, capacity
+    # Slots that a mesh spreads are not cut apart.
+    fit = batch if mesh.size > 1 else CPU_BYTES // (CPU_BLOCK * key[0].size * cached_key.dtype.itemsize)
+    return math.gcd(batch, 1 << max(fit, 1).bit_length() - 1), CPU_BLOCK
 
 
 def _refusal(query: Array, key: Array, cached_key: Array) -> str | None:
@@ -91,7 +101,7 @@ def _refusal(query: Array, key: Array, cached_key: Array) -> str | None:
         split, kv_split = (spec((name,), (size,), mesh)[0] for name, size in heads)
         if split != kv_split:
             return f"{kv_heads} key heads can't be split as the {query.shape[1]} query heads are"
-        kv_heads //= parts(kv_heads)
+        kv_heads //= _ways(kv_heads, mesh)
     try:
         decode.block_positions(capacity, kv_heads, 1)
     except ValueError as error:
@@ -100,10 +110,18 @@ def _refusal(query: Array, key: Array, cached_key: Array) -> str | None:
 
 
 def parts(kv_heads: int) -> int:
-    """Into how many parts the mesh in scope splits the key heads."""
+    """Into how many parts a cache has its key heads, each with its own rows: those that the mesh splits.
+
+    Where no kernel reads the cache every head is one: a product takes a head's positions as they lie.
+    """
+    if wanted_implementation("auto") != "tpu":
+        return kv_heads
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
-        return 1
+    return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else _ways(kv_heads, mesh)
+
+
+def _ways(kv_heads: int, mesh: AbstractMesh) -> int:
+    """Over how many devices the key heads are split."""
     axis = spec(("kv_heads",), (kv_heads,), mesh)[0]
     return 1 if axis is None else int(mesh.shape[axis])
 
@@ -124,58 +142,61 @@ def _on_mesh(run, query, key, value, cached_key, cached_value, layer, lengths, s
     return jax.shard_map(run, in_specs=in_specs, out_specs=new[0], check_vma=False)(*operands)
 
 
-def blockwise(query, key, value, cached_key, cached_value, layer, lengths, scales, block):  # type: ignore[no-untyped-def]
-    """The same in plain JAX: a running softmax over blocks of positions, up to the longest slot's last.
+def blockwise(query, key, value, cached_key, cached_value, layer, lengths, scales, slots, block):  # type: ignore[no-untyped-def]
+    """The same in plain JAX: a running softmax over blocks of positions, for some slots after the others.
 
-    A block that a slot has nothing in changes nothing of the slot's sums, to the bit.
+    It goes up to the last block of the longest of these `slots`. A block that a slot has nothing in changes
+    nothing of the slot's sums, to the bit.
     """
     batch, heads, head_dim = query.shape
     capacity, kv_heads = _capacity(key, cached_key), key.shape[1]
-    groups = heads // kv_heads
     scale = head_dim**-0.5
-    own = jnp.eye(kv_heads, dtype=query.dtype)
+    query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
 
-    def cut(x, j):  # type: ignore[no-untyped-def]
-        """[batch, block, kv_heads, ...]; with one part, as it lies in memory."""
+    def cut(x, first, j):  # type: ignore[no-untyped-def]
+        """[slots, kv_heads, block, ...]; with a part for each head, as it lies in memory."""
         count, width, rest = x.shape[2], kv_heads // x.shape[2], x.shape[4:]
-        start = (layer, 0, 0, j * block * width, 0)[: x.ndim]
-        part = jax.lax.dynamic_slice(x, start, (1, batch, count, block * width, *rest))
-        part = part.reshape(batch, count, block, width, *rest).swapaxes(1, 2)
-        return part.reshape(batch, block, kv_heads, *rest)
+        start = (layer, first, 0, j * block * width, 0)[: x.ndim]
+        part = jax.lax.dynamic_slice(x, start, (1, slots, count, block * width, *rest))
+        part = part.reshape(slots, count, block, width, *rest).swapaxes(2, 3)
+        return part.reshape(slots, kv_heads, block, *rest)
 
-    def visit(j, carry):  # type: ignore[no-untyped-def]
-        maximum, total, acc = carry
-        # As a matrix of positions * heads rows, the way it lies in memory: XLA would copy the block to
-        # bring a head's rows together. All heads meet all rows, and only the own ones are kept.
-        rows = (batch, block * kv_heads, head_dim)
-        keys, values = (cut(x, j).reshape(rows).astype(query.dtype) for x in (cached_key, cached_value))
-        scores = jnp.einsum("bhd,brd->bhr", query, keys, preferred_element_type=jnp.float32) * scale
-        scores = scores.reshape(batch, kv_heads, groups, block, kv_heads)
-        scores = jnp.einsum("bkgtk->bkgt", scores)
-        if scales is not None:
-            scores = scores * cut(scales[0], j).transpose(0, 2, 1)[:, :, None]
-        seen = j * block + jnp.arange(block) < lengths[:, None, None, None]
-        scores = jnp.where(seen, scores, -jnp.inf)
-        top = jnp.maximum(maximum, scores.max(-1, keepdims=True))
-        shrink, weights = jnp.exp(maximum - top), jnp.exp(scores - top)
-        total = total * shrink + weights.sum(-1, keepdims=True)
-        if scales is not None:
-            weights = weights * cut(scales[1], j).transpose(0, 2, 1)[:, :, None]
-        weights = weights.astype(query.dtype)[..., None] * own[:, None, None, :]
-        weights = weights.reshape(batch, heads, block * kv_heads)
-        found = jnp.einsum("bhr,brd->bhd", weights, values, preferred_element_type=jnp.float32)
-        return top, total, acc * shrink + found.reshape(acc.shape)
+    def attend(first):  # type: ignore[no-untyped-def]
+        own = (jax.lax.dynamic_slice_in_dim(x, first, slots) for x in (query, key, value, lengths))
+        queries, new_key, new_value, used = own
 
-    query_groups = query.reshape(batch, kv_heads, groups, head_dim).astype(jnp.float32)
-    itself = (query_groups * key[:, :, None].astype(jnp.float32)).sum(-1, keepdims=True) * scale
-    first = jnp.broadcast_to(value[:, :, None].astype(jnp.float32), query_groups.shape)
-    carry = (itself, jnp.ones_like(itself), first)
-    if block == capacity:
-        carry = visit(0, carry)
-    else:
-        carry = jax.lax.fori_loop(0, -(-lengths.max() // block), visit, carry)
-    _, total, acc = carry
-    return (acc / total).reshape(query.shape).astype(query.dtype)
+        def visit(j, carry):  # type: ignore[no-untyped-def]
+            maximum, total, acc = carry
+            keys, values = (cut(x, first, j).astype(query.dtype) for x in (cached_key, cached_value))
+            scores = jnp.einsum("bkgd,bktd->bkgt", queries, keys, preferred_element_type=jnp.float32) * scale
+            if scales is not None:
+                scores = scores * cut(scales[0], first, j)[:, :, None]
+            seen = j * block + jnp.arange(block) < used[:, None, None, None]
+            scores = jnp.where(seen, scores, -jnp.inf)
+            top = jnp.maximum(maximum, scores.max(-1, keepdims=True))
+            shrink, weights = jnp.exp(maximum - top), jnp.exp(scores - top)
+            total = total * shrink + weights.sum(-1, keepdims=True)
+            if scales is not None:
+                weights = weights * cut(scales[1], first, j)[:, :, None]
+            weights = weights.astype(query.dtype)
+            found = jnp.einsum("bkgt,bktd->bkgd", weights, values, preferred_element_type=jnp.float32)
+            return top, total, acc * shrink + found
+
+        # The new position begins the sums.
+        product = queries.astype(jnp.float32) * new_key[:, :, None].astype(jnp.float32)
+        itself = product.sum(-1, keepdims=True) * scale
+        value_first = jnp.broadcast_to(new_value[:, :, None].astype(jnp.float32), queries.shape)
+        carry = (itself, jnp.ones_like(itself), value_first)
+        if block == capacity:
+            carry = visit(0, carry)
+        else:
+            carry = jax.lax.fori_loop(0, -(-used.max() // block), visit, carry)
+        _, total, acc = carry
+        return (acc / total).astype(query.dtype)
+
+    if slots == batch:
+        return attend(0).reshape(batch, heads, head_dim)
+    return jax.lax.map(attend, jnp.arange(0, batch, slots)).reshape(batch, heads, head_dim)
 
 
 def branch_attention(

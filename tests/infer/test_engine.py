@@ -18,7 +18,7 @@ from sg4v_jax.data.image import load_image, normalize_reference, preprocess
 from sg4v_jax.data.records import Turn
 from sg4v_jax.data.sample import expand_images
 from sg4v_jax.data.tokenizer import Tokenizer
-from sg4v_jax.infer.engine import Engine
+from sg4v_jax.infer.engine import Engine, _Run
 from sg4v_jax.infer.request import Completion, Prompt, Request, ScoreRequest
 from sg4v_jax.infer.sampling import SamplingOptions
 from sg4v_jax.parallel.mesh import make_mesh
@@ -251,6 +251,36 @@ def test_requests_are_pulled_as_they_are_needed(pair: Pair) -> None:
         next(pair.engine.complete([]))
     running.close()
     assert list(pair.engine.complete([])) == []
+
+
+def test_the_device_is_ahead_and_changes_its_slots_in_place(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next steps are on the device before the last ones' tokens are read; the cache is donated to them."""
+    started, read, ahead = 0, 0, []
+    device, decode, look = pair.engine._device, pair.engine._device.decode, _Run._read
+
+    def counting() -> Any:
+        nonlocal started
+        started += 1
+        cache = device._state.cache.key
+        place = cache.unsafe_buffer_pointer()
+        found = decode()
+        assert cache.is_deleted() and device._state.cache.key.unsafe_buffer_pointer() == place
+        return found
+
+    def looking(run: _Run, steps: Any) -> Any:
+        nonlocal read
+        ahead.append(started - read)
+        read += 1
+        return look(run, steps)
+
+    monkeypatch.setattr(device, "decode", counting)
+    monkeypatch.setattr(_Run, "_read", looking)
+    prompts = [PROMPTS["no image"], PROMPTS["one image"]] * 3
+    answers(pair.engine, prompts, SamplingOptions(max_new_tokens=20, min_new_tokens=20))
+    # Only at the end there is nothing left to start.
+    assert ahead[:-1] == [2] * (len(ahead) - 1) and ahead[-1] == 1 and len(ahead) > 10
 
 
 def test_log_probabilities_are_those_of_torch(pair: Pair) -> None:
