@@ -158,6 +158,32 @@ def test_what_is_kept(tmp_path: pathlib.Path) -> None:
     assert faults.steps(tmp_path) == [4, 8, 10, 12]
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has a number is whole at every moment; the rest of a removal is done at the next start."""
+    removed, remove = [], shutil.rmtree
+
+    def dies(path: pathlib.Path, **_: Any) -> None:
+        removed.append(path.relative_to(tmp_path / CHECKPOINTS).as_posix())
+        for file in path.glob("params/*"):
+            remove(file) if file.is_dir() else file.unlink()
+        numbered = faults.steps(tmp_path)
+        assert 1 not in numbered and len(numbered) >= 2
+        assert not any(manifest.problems(tmp_path / CHECKPOINTS / str(step)) for step in numbered)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        run_of(tmp_path, (1, 2, 3), keep=2)
+    left = f"{checkpoint.DELETED}/1"
+    assert set(removed) == {left} and (tmp_path / CHECKPOINTS / left / "meta").exists()
+    again = Checkpointer(tmp_path, keep=2)
+    assert again.latest_step() == 3 and faults.steps(tmp_path) == [2, 3]
+    save(again, 4)
+    again.close()
+    assert faults.steps(tmp_path) == [3, 4] and not list((tmp_path / CHECKPOINTS / checkpoint.DELETED).iterdir())
+
+
 @contextlib.contextmanager
 def small_files(limit: int) -> Iterator[None]:
     """Writes beyond `limit` bytes of a file fail, as on a full disk."""
