@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from sg4v_jax.data.batch import Batch
 from sg4v_jax.data.loader import Loader
+from sg4v_jax.train.metrics import Outages
 
 log = logging.getLogger(__name__)
 
@@ -124,14 +125,15 @@ class NonFiniteSteps:
         about = {"step": step.index, "rows": samples}
         # As strings: JSON has no NaN. Losses by kind are lists.
         about |= {name: np.asarray(value).astype(str).tolist() for name, value in step.metrics.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            arrays: dict[str, Any] = {key: _local(leaf) for key, leaf in vars(step.batch).items()}
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, path)
-        temporary.write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(temporary, path.with_suffix(".json"))
+        arrays: dict[str, Any] = {key: _local(leaf) for key, leaf in vars(step.batch).items()}
+        with Outages().survived(path, "the batch is not kept"):  # Saving the state is what matters now.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            os.replace(temporary, path)
+            temporary.write_text(json.dumps(about, indent=2) + "\n")
+            os.replace(temporary, path.with_suffix(".json"))
         return path
 
 
