@@ -5,6 +5,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 Resharded = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
 DAMAGED = "damaged"
+# Where old checkpoints go before their files are removed: what has a number is whole.
+DELETED = "deleted"
 # Failed saves in a row after which the run ends: it would only train what nobody gets.
 MAX_FAILURES = 3
 _POLL_SECONDS = 0.05
@@ -48,6 +51,7 @@ class Checkpointer:
         self._saving: int | None = None  # The step whose save is under way.
         self._needed = False
         self._failures = 0
+        self._remover: threading.Thread | None = None
         policies: list[Any] = [preservation_policy.LatestN(keep)]
         if keep_every:
             policies.append(preservation_policy.EveryNSteps(keep_every))
@@ -64,10 +68,13 @@ class Checkpointer:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                # A rename happens or it doesn't; a kill in a deletion would leave half of a checkpoint.
+                todelete_subdir=DELETED,
                 # What a killed process has begun: nobody will finish it.
                 cleanup_tmp_directories=True,
             ),
         )
+        self._remove_deleted()  # What a killed process was removing.
 
     def latest_step(self) -> int | None:
         """The newest good checkpoint's step; None in a fresh run.
@@ -138,6 +145,8 @@ class Checkpointer:
             error = failure
         if _any_process(error is not None):
             self._failed(error)
+        else:
+            self._remove_deleted()
         log.info("step %d is being saved; it held up training for %.2f s", step, time.perf_counter() - start)
 
     def restore(
@@ -173,6 +182,9 @@ class Checkpointer:
             self._finish(wait=None)
         finally:
             sys.unraisablehook = self._hook
+            if self._remover:
+                self._remover.join()
+                self._remove()  # What has come since it looked.
         self._manager.close()
 
     def _finish(self, wait: float | None) -> bool:
@@ -202,6 +214,19 @@ class Checkpointer:
         if jax.process_count() > 1:
             busy = bool(multihost_utils.broadcast_one_to_all(np.array(busy)))
         return not busy
+
+    def _remove_deleted(self) -> None:
+        """In the background, removes the old checkpoints that the save under way puts aside."""
+        if jax.process_index() == 0 and not (self._remover and self._remover.is_alive()):
+            self._remover = threading.Thread(target=self._remove, daemon=True, name="remove checkpoints")
+            self._remover.start()
+
+    def _remove(self) -> None:
+        while self._manager.is_saving_in_progress():
+            time.sleep(_POLL_SECONDS)
+        # Not the directory itself: the next save may be about to put something there.
+        for old in (self._directory / DELETED).glob("*"):
+            shutil.rmtree(old, ignore_errors=True)
 
     def _unraisable(self, found: "sys.UnraisableHookArgs") -> None:
         """When one write fails, Orbax closes the loop that the others report to; each then complains."""

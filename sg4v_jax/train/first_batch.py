@@ -35,11 +35,11 @@ def write(workdir: pathlib.Path, batch: Batch, tokenizer: Tokenizer, image_token
         f"{batch.images.shape[1]} image slots. What the loss is on stands between « and ».\n\n"
         + to_text(local, tokenizer, image_tokens, rows=_ROWS, colour=False)
     )
-    (workdir / FILE_NAME).write_text(text)
     shown = (
         text if len(text) <= _SHOWN else text[:_SHOWN].rstrip() + f"\n... all of it: {workdir / FILE_NAME}"
     )
     log.info("%s", shown)
+    (workdir / FILE_NAME).write_text(text)
 
 
 def add_loss(workdir: pathlib.Path, loss: float, vocab_size: int, pretrained: bool) -> None:
@@ -52,9 +52,9 @@ def add_loss(workdir: pathlib.Path, loss: float, vocab_size: int, pretrained: bo
       pretrained: whether the decoder starts from weights that were trained.
     """
     line, good = judge_loss(loss, vocab_size, pretrained)
+    log.log(logging.INFO if good else logging.WARNING, "%s", line)
     with (workdir / FILE_NAME).open("a") as file:
         file.write(line + "\n")
-    log.log(logging.INFO if good else logging.WARNING, "%s", line)
 
 
 def judge_loss(loss: float, vocab_size: int, pretrained: bool) -> tuple[str, bool]:

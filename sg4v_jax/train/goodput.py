@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from sg4v_jax.train.metrics import Outages
 from sg4v_jax.train.timeline import DATA, EVAL, INIT, PROFILE, SAVE, STEP
 
 FILE_NAME = "goodput.json"
@@ -29,7 +30,7 @@ class Goodput:
         file: where it is; need not exist.
         first_step: steps done at the checkpoint this start goes on from.
         """
-        self._file = file
+        self._file, self._outages = file, Outages()
         state = _read(file)
         self._starts = state["starts"] + 1
         # By steps done, the seconds until a checkpoint; those after the one we start from are undone.
@@ -48,7 +49,7 @@ class Goodput:
         return self.seconds[STEP] / (sum(self.seconds.values()) or 1.0)
 
     def write(self, step: int, seconds: Mapping[str, float], *, saved: bool = False) -> None:
-        """Writes the file anew, whole or not at all.
+        """Writes the file anew, whole or not at all; where it can't be, the next call does.
 
         Args:
           step: steps done.
@@ -66,8 +67,9 @@ class Goodput:
             "saved": {str(step): mark for step, mark in self._saved.items()},
         }
         temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state, indent=1) + "\n")
-        os.replace(temporary, self._file)
+        with self._outages.survived(self._file, "it stays as it is until it works again"):
+            temporary.write_text(json.dumps(state, indent=1) + "\n")
+            os.replace(temporary, self._file)
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:

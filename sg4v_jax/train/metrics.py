@@ -1,17 +1,40 @@
 """Where a run's numbers go: one JSON object per line, which is also what reports read."""
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jax
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 # How names begin of what is measured: no two runs have the same. All else a restarted run repeats.
 MEASURED = ("speed/", "memory/", "goodput/")
+
+
+class Outages:
+    """Files that are only watched: what can't be written, as on a full disk, is told once; the run goes on."""
+
+    def __init__(self) -> None:
+        self._failed: set[pathlib.Path] = set()
+
+    @contextlib.contextmanager
+    def survived(self, file: pathlib.Path, then: str) -> Iterator[None]:
+        """Around the writing of a file; `then` is what becomes of its content. Works again: told anew."""
+        try:
+            yield
+        except (OSError, jax.errors.JaxRuntimeError) as error:  # The second from JAX's profiler.
+            if file not in self._failed:
+                reason = getattr(error, "strerror", None) or error
+                log.error("%s can't be written (%s): make room there; %s", file, reason, then)
+            self._failed.add(file)
+        else:
+            self._failed.discard(file)
 
 
 class MetricsFile:
@@ -23,29 +46,40 @@ class MetricsFile:
 
     def __init__(self, path: pathlib.Path, first_step: int):
         if path.exists():
-            kept = [line for line in read(path) if line["step"] < first_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, path)
+            # Steps only grow, so the lines that go are the last: that takes no room on a full disk.
+            os.truncate(path, _bytes_before(path, first_step))
         self._path, self._file, self._unwritten = path, path.open("ab", buffering=0), b""
+        self._outages = Outages()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends the numbers of one step; what a full disk does not take, the next call writes."""
-        failed_before = bool(self._unwritten)
         self._unwritten += (json.dumps({"step": step, **values}) + "\n").encode()
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
-        except OSError as error:
-            if not failed_before:
-                log.error(
-                    "%s can't be written (%s): make room there; lines are kept until it works again",
-                    *(self._path, error.strerror),
-                )
+        self._flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Ends the file; lines that nobody took are lost."""
+        if self._unwritten:
+            self._flush()
         self._file.close()
+
+    def _flush(self) -> None:
+        with self._outages.survived(self._path, "lines are kept until it works again"):
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+
+
+def _bytes_before(path: pathlib.Path, step: int) -> int:
+    """Length of the whole lines of steps before one."""
+    length = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                    break
+            except ValueError:
+                break
+            length += len(line)
+    return length
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from sg4v_jax import atomic
 from sg4v_jax.data.batch import Batch
 from sg4v_jax.data.loader import Loader
+from sg4v_jax.train.metrics import Outages
 
 log = logging.getLogger(__name__)
 
@@ -125,11 +126,12 @@ class NonFiniteSteps:
         about = {"step": step.index, "rows": samples}
         # As strings: JSON has no NaN. Losses by kind are lists.
         about |= {name: np.asarray(value).astype(str).tolist() for name, value in step.metrics.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path) as file:
-            arrays: dict[str, Any] = {key: _local(leaf) for key, leaf in vars(step.batch).items()}
-            np.savez_compressed(file, **arrays)
-        atomic.write(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+        arrays: dict[str, Any] = {key: _local(leaf) for key, leaf in vars(step.batch).items()}
+        with Outages().survived(path, "the batch is not kept"):  # Saving the state is what matters now.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.replacing(path) as file:
+                np.savez_compressed(file, **arrays)
+            atomic.write(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
         return path
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
+from sg4v_jax.train.metrics import Outages
 from sg4v_jax.train.timeline import PROFILE, Timeline
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ class ProfilerWindow:
     def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int, timeline: Timeline):
         self._directory, self._timeline = workdir / DIRECTORY, timeline
         self._first, self._end = first_step, first_step + num_steps
-        self._running = False
+        self._running, self._outages = False, Outages()
 
     @contextlib.contextmanager
     def around(self, step: int) -> Iterator[None]:
@@ -45,6 +46,7 @@ class ProfilerWindow:
             self._running = False
             if wait:
                 self._timeline.settle()
-            with self._timeline.waiting(PROFILE):
-                jax.profiler.stop_trace()
-            log.info("wrote the trace of steps %d to %d to %s", self._first, self._end - 1, self._directory)
+            with self._outages.survived(self._directory, "there is no trace"):
+                with self._timeline.waiting(PROFILE):
+                    jax.profiler.stop_trace()
+                log.info("wrote the trace of steps %d to %d to %s", *(self._first, self._end - 1, self._directory))

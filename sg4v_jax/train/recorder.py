@@ -75,6 +75,7 @@ class Recorder:
         self._goodput = goodput.Goodput(workdir / goodput.FILE_NAME, first_step) if self._main else None
         traced = config.profile.num_steps if self._main else 0
         self._profiler = ProfilerWindow(workdir, config.profile.first_step, traced, timeline)
+        self._outages = metrics.Outages()
         self._window: list[dict[str, Any]] = []
         self._shapes = _Shapes(0, 0)
         # Of the timeline when the window began.
@@ -98,7 +99,8 @@ class Recorder:
         self._shapes = _Shapes(batch.tokens.size, images.shape[0] * images.shape[1])
         if step == 0 and self._main:
             features = self._setup.model.vision.num_image_tokens
-            first_batch.write(self._workdir, batch, tokenizer, features)
+            with self._outages.survived(self._workdir / first_batch.FILE_NAME, "it is left out"):
+                first_batch.write(self._workdir, batch, tokenizer, features)
 
     def add(self, step: int, values: dict[str, Any], skipped: int, *, log_now: bool) -> None:
         """Counts a step whose results, `values`, may not be there yet; reads and writes them when it is due.
@@ -185,10 +187,9 @@ class Recorder:
         for writer in self._writers:
             writer.write(step, values)
         if self._main and step - len(window) + 1 == 0:
-            pretrained = bool(self._config.init.text)
-            first_batch.add_loss(
-                self._workdir, float(window[0]["loss"]), self._setup.model.text.vocab_size, pretrained
-            )
+            loss, pretrained = float(window[0]["loss"]), bool(self._config.init.text)
+            with self._outages.survived(self._workdir / first_batch.FILE_NAME, "its last line is left out"):
+                first_batch.add_loss(self._workdir, loss, self._setup.model.text.vocab_size, pretrained)
 
     def _of_step(self, step: int, last: dict[str, Any]) -> dict[str, float]:
         """Numbers of the step itself: the same whenever it is logged, and after a restart."""

@@ -1,5 +1,6 @@
 """Where a run's numbers go besides `metrics.jsonl`: TensorBoard, Weights & Biases, the terminal."""
 
+import contextlib
 import importlib
 import logging
 import math
@@ -12,9 +13,12 @@ from typing import Any
 
 import tqdm
 
+from sg4v_jax.train import metrics
+
 log = logging.getLogger(__name__)
 
 TENSORBOARD, WANDB, WANDB_ID = "tensorboard", "wandb", "wandb_id"
+_NO_LIMIT = 0
 
 
 class TensorBoard:
@@ -22,18 +26,34 @@ class TensorBoard:
 
     def __init__(self, workdir: pathlib.Path, first_step: int):
         module = _module("tensorboardX", "config.metrics.tensorboard", "tensorboard")
-        # What an earlier process wrote of steps that are now repeated is not shown.
-        self._writer = module.SummaryWriter(str(workdir / TENSORBOARD), purge_step=first_step or None)
+        self._directory = workdir / TENSORBOARD
+        # What an earlier process wrote of steps that are now repeated is not shown. Of the queue: its thread
+        # dies of the first write that fails, and whoever puts into one that is full then waits for ever.
+        self._writer = module.SummaryWriter(
+            str(self._directory), purge_step=first_step or None, max_queue=_NO_LIMIT
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the numbers of one step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        """Writes the numbers of one step; after a failure none, until the run is started again."""
+        if self._writer is None:
+            return
+        try:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        except OSError as error:
+            log.error(
+                "%s can't be written (%s): make room there. TensorBoard gets nothing from step %d on, until the "
+                "run is started again; %s has it all",
+                *(self._directory, error.strerror, step, metrics.FILE_NAME),
+            )
+            self._writer = None
 
     def close(self) -> None:
         """Ends the file."""
-        self._writer.close()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
 
 class WeightsAndBiases:

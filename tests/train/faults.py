@@ -35,7 +35,7 @@ from sg4v_jax.convert import manifest
 from sg4v_jax.convert.orbax import CHECKPOINTS
 from sg4v_jax.parallel import distributed
 from sg4v_jax.train import loop
-from sg4v_jax.train.checkpoint import Checkpointer
+from sg4v_jax.train.checkpoint import DELETED, Checkpointer
 
 STEPS = 16
 # Of a life: until the first step, steps with their logging, and saves, which are most of what can go wrong.
@@ -218,8 +218,13 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 def unfinished(workdir: pathlib.Path) -> list[str]:
     """What was being written, as far as it has a directory."""
-    directory = workdir / CHECKPOINTS
-    return sorted(p.name for p in directory.glob("*") if not p.name.isdigit() and p.is_dir())
+    found = (path for path in (workdir / CHECKPOINTS).glob("*") if path.is_dir())
+    return sorted(path.name for path in found if not path.name.isdigit() and path.name != DELETED)
+
+
+def being_removed(workdir: pathlib.Path) -> list[str]:
+    """Old checkpoints of which there is still something."""
+    return sorted(path.name for path in (workdir / CHECKPOINTS / DELETED).glob("*"))
 
 
 def seconds_per_save(workdir: pathlib.Path) -> float:
@@ -239,12 +244,16 @@ def torment(
     log = workdir.with_name(f"{workdir.name}.log")
     killed = unmet = 0
     event: dict[str, Any] = {}
+    damaged: set[int] = set()
     while killed < kills:
         done = steps(workdir)
-        # A kill within a deletion leaves half of an old checkpoint, to which there is no going back.
+        # Whatever it was killed in: what has a number is whole, but for what was damaged here.
         whole = [step for step in done if not manifest.problems(workdir / CHECKPOINTS / str(step))]
+        if not set(done) - set(whole) <= damaged:
+            raise RuntimeError(f"of the checkpoints {done} only {whole} are whole; damaged were {damaged}")
         if len(whole) > 1 and killed % 4 == 3 and not event:
             kind = DAMAGES[killed // 4 % len(DAMAGES)]
+            damaged.add(whole[-1])
             event["damaged"] = f"{whole[-1]}: " + damage(workdir / CHECKPOINTS / str(whole[-1]), kind)
         phase, count = random.choice(PHASES), random.choice((1, 2, 3))
         delay = random.uniform(0, {"start": 10, "step": 1, "save": 1.5}[phase] * scale)
@@ -268,7 +277,7 @@ def torment(
             "delay": round(delay, 3),
             "checkpoints": steps(workdir),
         }
-        story.append(event | {"unfinished": unfinished(workdir)})
+        story.append(event | {"unfinished": unfinished(workdir), "removed": being_removed(workdir)})
         event = {}
         print(json.dumps(story[-1]), file=sys.stderr, flush=True)
     finish(config, workdir, processes)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ import pytest
 
 from sg4v_jax.convert import manifest
 from sg4v_jax.convert.orbax import CHECKPOINTS, load_run, open_run, read_meta
-from sg4v_jax.train import checkpoint, loop, metrics
+from sg4v_jax.train import checkpoint, first_batch, goodput, loop, metrics, profiler, writers
 from sg4v_jax.train.checkpoint import Checkpointer
 from sg4v_jax.train.nonfinite import NonFinite, load_batch
 from tests.conftest import TinyWorld
@@ -158,6 +159,32 @@ def test_what_is_kept(tmp_path: pathlib.Path) -> None:
     assert faults.steps(tmp_path) == [4, 8, 10, 12]
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has a number is whole at every moment; the rest of a removal is done at the next start."""
+    removed, remove = [], shutil.rmtree
+
+    def dies(path: pathlib.Path, **_: Any) -> None:
+        removed.append(path.relative_to(tmp_path / CHECKPOINTS).as_posix())
+        for file in path.glob("params/*"):
+            remove(file) if file.is_dir() else file.unlink()
+        numbered = faults.steps(tmp_path)
+        assert 1 not in numbered and len(numbered) >= 2
+        assert not any(manifest.problems(tmp_path / CHECKPOINTS / str(step)) for step in numbered)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        run_of(tmp_path, (1, 2, 3), keep=2)
+    left = f"{checkpoint.DELETED}/1"
+    assert set(removed) == {left} and (tmp_path / CHECKPOINTS / left / "meta").exists()
+    again = Checkpointer(tmp_path, keep=2)
+    assert again.latest_step() == 3 and faults.steps(tmp_path) == [2, 3]
+    save(again, 4)
+    again.close()
+    assert faults.steps(tmp_path) == [3, 4] and not list((tmp_path / CHECKPOINTS / checkpoint.DELETED).iterdir())
+
+
 @contextlib.contextmanager
 def small_files(limit: int) -> Iterator[None]:
     """Writes beyond `limit` bytes of a file fail, as on a full disk."""
@@ -227,16 +254,55 @@ def test_a_slow_save_does_not_hold_up_the_run(
 
 
 def test_metrics_outlast_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
+    path = tmp_path / "metrics.jsonl"
+    file = metrics.MetricsFile(path, 0)
     file.write(0, {"loss": 1.0})
-    with small_files((tmp_path / "metrics.jsonl").stat().st_size + 5):
+    with small_files(path.stat().st_size + 5):
         file.write(1, {"loss": 2.0})
         file.write(2, {"loss": 3.0})
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0]
+    assert [line["step"] for line in metrics.read(path)] == [0]
     (line,) = [record.getMessage() for record in caplog.records]
     assert "metrics.jsonl can't be written" in line
     file.write(3, {"loss": 4.0})
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in metrics.read(path)] == [0, 1, 2, 3]
+    # A restart needs no room to drop the lines it repeats, whole or cut off.
+    path.open("a").write('{"step": 4, "lo')
+    with small_files(10):
+        metrics.MetricsFile(path, 2).close()
+    assert path.read_text() == '{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 2.0}\n'
+
+
+def test_goodput_outlasts_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, seconds = tmp_path / goodput.FILE_NAME, {"init": 1.0, "step": 5.0}
+    run = goodput.Goodput(file, 0)
+    run.write(1, seconds)
+    before = file.read_bytes()
+    for _ in range(2):  # It is told anew after it had worked again.
+        with small_files(10):
+            run.write(2, seconds, saved=True)
+            run.write(3, seconds)
+        assert file.read_bytes() == before
+        (line,) = caplog.messages
+        assert line.startswith(f"{file} can't be written (File too large): make room there; it stays as it")
+        caplog.clear()
+        run.write(4, seconds)
+        assert json.loads(file.read_text())["step"] == 4 and list(run.seconds.values())[0] == 1.0
+        before = file.read_bytes()
+    assert list(json.loads(file.read_text())["saved"]) == ["2"]
+
+
+def test_tensorboard_ends_on_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its thread dies of it; more numbers than its queue would hold must not wait for that."""
+    board = writers.TensorBoard(tmp_path, 0)
+    values = {f"speed/{i}": float(i) for i in range(40)}
+    with small_files(1000), warnings.catch_warnings():
+        warnings.simplefilter("ignore", pytest.PytestUnhandledThreadExceptionWarning)
+        for step in range(4):
+            board.write(step, values)
+        board.close()
+    (line,) = caplog.messages
+    assert "tensorboard can't be written (File too large)" in line
+    assert "TensorBoard gets nothing from step " in line and "metrics.jsonl has it all" in line
 
 
 # --- Steps that are not finite, and what reads a run ----------------------------------------------
@@ -282,11 +348,24 @@ def small_config(tiny_world: TinyWorld) -> Any:
 
 @pytest.mark.slow
 def test_nonfinite_steps_change_nothing(
-    small_config: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    small_config: Any,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     small_config.train.nonfinite_in_a_row = 3
+    small_config.profile.update({"first_step": 1, "num_steps": 1})
     calls = poisoned(monkeypatch, (2, 3, 5))
+    # Of what is only watched, nothing can be written: the run goes on, and says it once.
+    watched = ("goodput.tmp", first_batch.FILE_NAME, profiler.DIRECTORY)
+    for name in watched[:2]:
+        (tmp_path / name).mkdir()
+    (tmp_path / watched[2]).touch()
     loop.train(small_config, tmp_path)
+    said = [message for message in caplog.messages if "can't be written" in message]
+    assert len(said) == 3, said
+    for name in (goodput.FILE_NAME, *watched[1:]):
+        assert any(message.startswith(f"{tmp_path / name} can't be written (") for message in said), name
     # The first step's learning rate is 0, but not its moments.
     assert [changed(call) for call in calls] == [i not in (2, 3, 5) for i in range(8)]
     assert [line["nonfinite"] for line in logged(tmp_path)] == [0, 0, 1, 1, 0, 1, 0, 0]
