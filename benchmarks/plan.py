@@ -73,33 +73,39 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each model, stage and slice."""
-    rows = [
-        "| config | mesh | remat | HBM peak / limit, GiB | fits | least step, ms | MFU at most | expected |",
-        "|---|---|---|--:|---|--:|--:|--:|",
-    ]
-    for line in lines:
-        if not line["name"].startswith("configs/"):
-            continue
-        if "failure" in line:
-            rows.append(f"| `{line['name']}` | | | | **no** | | | |")
-            continue
-        hbm, times = line["hbm"], line["seconds"]
-        mesh = " x ".join(f"{axis} {size}" for axis, size in line["mesh"].items() if size > 1)
-        memory = f"{hbm['peak'] / 2**30:.1f} / {hbm['limit'] / 2**30:.1f}"
-        verdict = "yes" if line["fits"] else "**no**"
-        mfu = f"{line['mfu_bound']:.0%} | {line['mfu_expected']:.0%}"
-        parts = (
-            f"`{line['name']}`",
-            mesh,
-            line["remat"],
-            memory,
-            verdict,
-            f"{1e3 * times['bound']:.0f}",
-            mfu,
-        )
-        rows.append(f"| {' | '.join(parts)} |")
-    return "\n".join(rows)
+    """Markdown: a table for each model and stage, a row for each slice."""
+    planned = {line["name"]: line for line in lines}
+    parts = []
+    for model, stage in itertools.product(MODELS, STAGES):
+        names = {pod: f"configs/{stage}.py:{model},{pod}" for pod in PODS}
+        rows = [_row(pod, planned[name]) for pod, name in names.items() if name in planned]
+        if rows:
+            parts.append("\n".join([f"**{model}, {stage}**", "", *_HEAD, *rows]))
+    return "\n\n".join(parts)
+
+
+_HEAD = (
+    "| slice | rows | mesh | remat | HBM / limit, GiB | fits | least step, ms | MFU at most | expected |",
+    "|---|---|---|---|--:|---|--:|--:|--:|",
+)
+
+
+def _row(pod: str, line: dict[str, Any]) -> str:
+    if "failure" in line:
+        return f"| {pod} | | | | | **no** | | | |"
+    hbm = line["hbm"]
+    cells = (
+        pod,
+        f"{line['rows']} x {line['tokens'] // line['rows']}",
+        " x ".join(f"{axis} {size}" for axis, size in line["mesh"].items() if size > 1),
+        line["remat"],
+        f"{hbm['peak'] / 2**30:.1f} / {hbm['limit'] / 2**30:.1f}",
+        "yes" if line["fits"] else "**no**",
+        f"{1e3 * line['seconds']['bound']:.0f} ({line['limit']})",
+        f"{line['mfu_bound']:.0%}",
+        f"{line['mfu_expected']:.0%}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def figure(lines: list[dict[str, Any]]) -> str:
