@@ -27,7 +27,7 @@ STAGES = ("align", "pretrain", "captioner", "finetune")
 MODELS = ("7b", "13b")
 # The text part of 7B, a row of 2048 positions a chip, everything sharded over all chips. The tower is cut
 # down to one block of width 128: less to compile.
-SCALE = ("v5e:2x4", "v5e:16x16", "v5e:8x8", "v5e:4x4", "v5e:8x16", "v5e:4x8")
+SCALE = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 TEXT_PART = (
     "--config.model.vision.num_layers=2",
     "--config.model.vision.tuned_from=1",
