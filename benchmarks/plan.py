@@ -21,12 +21,12 @@ import tempfile
 from typing import Any
 
 import tqdm
-from sg4v_jax.configs.pods import PODS
+from sg4v_jax.configs.pods import FSDP, PODS
 
 STAGES = ("align", "pretrain", "captioner", "finetune")
 MODELS = ("7b", "13b")
-# The text part of 7B, a row of 2048 positions a chip, everything sharded over all chips. The tower is cut
-# down to one block of width 128: less to compile.
+# The text part of 7B, a row of 2048 positions a chip, on meshes as `configs/pods.py` makes them. The tower is
+# cut down to one block of width 128: less to compile.
 SCALE = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 TEXT_PART = (
     "--config.model.vision.num_layers=2",
@@ -173,7 +173,8 @@ def main() -> None:
         jobs = []
         for topology in SCALE:
             chips = math.prod(map(int, topology.partition(":")[2].split("x")))
-            overrides = [*TEXT_PART, f"--config.data.batch_size={chips}"]
+            mesh = f"--config.mesh.data={max(chips // FSDP, 1)}"
+            overrides = [*TEXT_PART, f"--config.data.batch_size={chips}", mesh]
             jobs.append((f"scale {topology}", "configs/finetune.py:7b", topology, overrides))
         compile_all(jobs, arguments.output)
     elif arguments.action == "table":
