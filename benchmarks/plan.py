@@ -21,13 +21,13 @@ import tempfile
 from typing import Any
 
 import tqdm
-from sg4v_jax.configs.pods import PODS
+from sg4v_jax.configs.pods import FSDP, PODS
 
 STAGES = ("align", "pretrain", "captioner", "finetune")
 MODELS = ("7b", "13b")
-# The text part of 7B, a row of 2048 positions a chip, everything sharded over all chips. The tower is cut
-# down to one block of width 128: less to compile.
-SCALE = ("v5e:2x4", "v5e:16x16", "v5e:8x8", "v5e:4x4", "v5e:8x16", "v5e:4x8")
+# The text part of 7B, a row of 2048 positions a chip, on meshes as `configs/pods.py` makes them. The tower is
+# cut down to one block of width 128: less to compile.
+SCALE = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 TEXT_PART = (
     "--config.model.vision.num_layers=2",
     "--config.model.vision.tuned_from=1",
@@ -73,33 +73,39 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each model, stage and slice."""
-    rows = [
-        "| config | mesh | remat | HBM peak / limit, GiB | fits | least step, ms | MFU at most | expected |",
-        "|---|---|---|--:|---|--:|--:|--:|",
-    ]
-    for line in lines:
-        if not line["name"].startswith("configs/"):
-            continue
-        if "failure" in line:
-            rows.append(f"| `{line['name']}` | | | | **no** | | | |")
-            continue
-        hbm, times = line["hbm"], line["seconds"]
-        mesh = " x ".join(f"{axis} {size}" for axis, size in line["mesh"].items() if size > 1)
-        memory = f"{hbm['peak'] / 2**30:.1f} / {hbm['limit'] / 2**30:.1f}"
-        verdict = "yes" if line["fits"] else "**no**"
-        mfu = f"{line['mfu_bound']:.0%} | {line['mfu_expected']:.0%}"
-        parts = (
-            f"`{line['name']}`",
-            mesh,
-            line["remat"],
-            memory,
-            verdict,
-            f"{1e3 * times['bound']:.0f}",
-            mfu,
-        )
-        rows.append(f"| {' | '.join(parts)} |")
-    return "\n".join(rows)
+    """Markdown: a table for each model and stage, a row for each slice."""
+    planned = {line["name"]: line for line in lines}
+    parts = []
+    for model, stage in itertools.product(MODELS, STAGES):
+        names = {pod: f"configs/{stage}.py:{model},{pod}" for pod in PODS}
+        rows = [_row(pod, planned[name]) for pod, name in names.items() if name in planned]
+        if rows:
+            parts.append("\n".join([f"**{model}, {stage}**", "", *_HEAD, *rows]))
+    return "\n\n".join(parts)
+
+
+_HEAD = (
+    "| slice | rows | mesh | remat | HBM / limit, GiB | fits | least step, ms | MFU at most | expected |",
+    "|---|---|---|---|--:|---|--:|--:|--:|",
+)
+
+
+def _row(pod: str, line: dict[str, Any]) -> str:
+    if "failure" in line:
+        return f"| {pod} | | | | | **no** | | | |"
+    hbm = line["hbm"]
+    cells = (
+        pod,
+        f"{line['rows']} x {line['tokens'] // line['rows']}",
+        " x ".join(f"{axis} {size}" for axis, size in line["mesh"].items() if size > 1),
+        line["remat"],
+        f"{hbm['peak'] / 2**30:.1f} / {hbm['limit'] / 2**30:.1f}",
+        "yes" if line["fits"] else "**no**",
+        f"{1e3 * line['seconds']['bound']:.0f} ({line['limit']})",
+        f"{line['mfu_bound']:.0%}",
+        f"{line['mfu_expected']:.0%}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def figure(lines: list[dict[str, Any]]) -> str:
@@ -167,7 +173,8 @@ def main() -> None:
         jobs = []
         for topology in SCALE:
             chips = math.prod(map(int, topology.partition(":")[2].split("x")))
-            overrides = [*TEXT_PART, f"--config.data.batch_size={chips}"]
+            mesh = f"--config.mesh.data={max(chips // FSDP, 1)}"
+            overrides = [*TEXT_PART, f"--config.data.batch_size={chips}", mesh]
             jobs.append((f"scale {topology}", "configs/finetune.py:7b", topology, overrides))
         compile_all(jobs, arguments.output)
     elif arguments.action == "table":

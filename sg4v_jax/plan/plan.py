@@ -65,6 +65,12 @@ class Plan:
     def fits(self) -> bool:
         return self.headroom >= 0
 
+    @property
+    def sent_between_slices(self) -> float:
+        """Bytes that a chip sends to other slices."""
+        between = [collective for collective in self.collectives if collective.between_slices]
+        return sum(collective.sent_in(self.topology.slices) for collective in between)
+
     def mfu(self, seconds: float) -> float:
         """Model FLOPs by what the slice could do in that time."""
         return self.model_flops / (seconds * self.topology.chip.flops * self.topology.num_chips)
@@ -93,7 +99,7 @@ class Plan:
             "hbm_traffic": self.work.hbm_bytes,
             "kernels": self.work.kernels,
             "collectives": summary(self.collectives),
-            "sent_between_slices": self.roofline.between_slices,
+            "sent_between_slices": self.sent_between_slices,
             "host_bytes": self.host_bytes,
             "seconds": {
                 **dataclasses.asdict(self.roofline),

@@ -144,8 +144,9 @@ def compile_serving(config: ConfigDict, topology: Topology, serving: Serving) ->
             {"weights": params, "cache": slots},
             serving.slots,
         )
-        # Weights lie in memory as decoding reads them.
+        # Weights lie in memory as decoding reads them; what it doesn't read (the tower) stays as it was.
         formats, _ = decoding.executable.input_formats[0]
+        formats = jax.tree.map(lambda form, leaf: form if form.sharding else leaf.sharding, formats, params)
         params = _abstract(params, formats)
         rows = serving.rows(parts)
         prompts = _prompts(model, rows, serving.prompt)

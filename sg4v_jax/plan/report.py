@@ -37,7 +37,7 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         ("compiled in", f"{plan.compile_seconds:.0f} s"),
     ]
     if plan.topology.slices > 1:
-        sent = f"{times.between_slices / 1e9:.2f} GB sent by a chip, {_ms(times.slices)}"
+        sent = f"{plan.sent_between_slices / 1e9:.2f} GB sent by a chip, {_ms(times.slices)}"
         lines.insert(-3, ("between slices", sent))
     if plan.unknown_loops:
         lines.append(("counted once", "loops of unknown length: " + ", ".join(plan.unknown_loops)))

@@ -21,7 +21,6 @@ class Roofline:
       hidden: those of them that run beside other work.
       exposed: those that nothing runs beside, one after the other.
       slices: what crosses from slice to slice.
-      between_slices: bytes of it that a chip sends.
     """
 
     products: float
@@ -31,7 +30,6 @@ class Roofline:
     hidden: float
     exposed: float
     slices: float
-    between_slices: float
 
     @property
     def compute(self) -> float:
@@ -100,7 +98,6 @@ def roofline(
         hidden=max(hidden.values(), default=0.0),
         exposed=exposed,
         slices=between / topology.chip.dcn_bandwidth,
-        between_slices=between,
     )
 
 

@@ -107,7 +107,7 @@ def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
         for mesh in _meshes(config, topology)
         for accumulate in (1, 2, 4, 8)
         for remat in REMAT_POLICIES
-        if config.data.batch_size % (mesh[0] * mesh[1] * accumulate) == 0
+        if config.data.batch_size % (topology.slices * mesh[0] * mesh[1] * accumulate) == 0
     ]
     # The guess of memory is good to about a quarter; what is far above would only cost time.
     fitting = [candidate for candidate in found if candidate.bytes < 1.25 * topology.chip.hbm_bytes]
@@ -115,7 +115,7 @@ def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
 
 
 def _meshes(config: ConfigDict, topology: Topology) -> Iterator[tuple[int, int, int]]:
-    text, chips = config.model.text, topology.num_chips
+    text, chips = config.model.text, topology.num_chips // topology.slices
     for tensor in (1, 2, 4, 8):
         for data in (1, 2, 4, 8):
             if chips % (tensor * data) == 0 and text.num_heads % tensor == 0:
@@ -133,22 +133,29 @@ def _guess(
     remat: str,
 ) -> Candidate:
     model, trained, fixed, model_flops = known
-    chip = topology.chip
-    text, chips = model.text, topology.num_chips
-    positions = config.data.batch_size * config.data.seq_len / (data * fsdp) / accumulate
+    chip, text = topology.chip, model.text
+    positions = config.data.batch_size * config.data.seq_len / (topology.slices * data * fsdp) / accumulate
     saved = saved_widths(model, remat)
     state = (12 * trained + 2 * fixed) / (fsdp * tensor) + 2 * trained / (fsdp * tensor)
     block = 2 * (trained + fixed) / text.num_layers / tensor
-    activations = 2 * positions * text.hidden_size * text.num_layers * saved
+    # All but the block's input lies over `tensor`.
+    activations = 2 * positions * text.hidden_size * text.num_layers * (1 + (saved - 1) / tensor)
     memory = state + activations + 4 * block + 2 * positions * text.intermediate_size * 6 / tensor
-    flops = model_flops / chips * (4 / 3 if remat == "full" else 1.15 if remat != "none" else 1)
+    flops = model_flops / topology.num_chips * _AGAIN[remat]
     weights = 2 * (trained + fixed) / tensor * (1 - 1 / fsdp)
-    # Weights are gathered twice for each microbatch, gradients reduced once.
-    network = accumulate * (2 * weights + 2 * weights) * (fsdp > 1) + 2 * weights / fsdp * (data > 1)
+    # For each microbatch weights are gathered twice beside other work, and gradients reduced with nothing
+    # beside it: in both halves of an all-reduce from 64 ways on, and over `data` about half of them again.
+    gathered = accumulate * 2 * weights
+    reduced = accumulate * weights * ((2 if fsdp > 32 else 1) + (0.5 if data > 1 else 0))
     layer = 2 * positions * text.hidden_size * accumulate
-    network += 12 * layer * text.num_layers * (1 - 1 / tensor)
-    seconds = max(flops / chip.flops / 0.9, network / chip.ici_bandwidth * 2)
+    reduced += 12 * layer * text.num_layers * (1 - 1 / tensor)
+    bandwidth = chip.ici_bandwidth / 2  # Lines, not rings.
+    seconds = max(flops / chip.flops / 0.9, gathered / bandwidth) + reduced / bandwidth
     return Candidate(data, fsdp, tensor, accumulate, remat, seconds, memory)
+
+
+# Products with what is computed again, of a step without it (docs/plan.md).
+_AGAIN = {"full": 1.33, "attention": 1.32, "mlp": 1.11, "projections": 1.03, "dots": 1.01, "none": 1.0}
 
 
 def saved_widths(model: ModelConfig, remat: str) -> float:

@@ -163,6 +163,16 @@ def test_chunks_change_nothing(chunk: int) -> None:
     np.testing.assert_array_equal(correct, right)
 
 
+@pytest.mark.parametrize("chunk", [3, 11])
+def test_of_equal_scores_the_first_is_the_prediction(chunk: int) -> None:
+    """As for an argmax over all pieces, also where a later chunk has the same score."""
+    hidden = jnp.ones((1, VOCAB, 2))
+    head = jnp.array([[0.0, 3, 1, 3, 3, 0, 2, 3, 1, 0, 3]] * 2)
+    targets = np.arange(VOCAB)[None]
+    _, correct = chunked_cross_entropy(hidden, targets, targets >= 0, head, chunk)
+    np.testing.assert_array_equal(correct, targets == 1)
+
+
 @pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan])
 def test_what_padding_holds_does_not_matter(poison: float) -> None:
     """Neither to the loss nor to any gradient."""
