@@ -2,11 +2,12 @@
 
 import csv
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from sg4v_jax import atomic
 
 # What pandas, which the official runners read tables with, takes for a missing cell.
 _MISSING = {
@@ -114,11 +115,6 @@ def write_json(path: pathlib.Path, value: object, indent: int | None = None) -> 
 def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
     """Writes a file, whole or not at all, whatever stops the machine; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        # What a model or a file made of half a surrogate pair has no UTF-8.
-        file.write(text.encode("utf-8", "backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    # What a model or a file made of half a surrogate pair has no UTF-8.
+    atomic.write(path, text.encode("utf-8", "backslashreplace"))
     return path

@@ -55,7 +55,7 @@ def chunked_cross_entropy(
     losses = jnp.where(counts, jax.nn.logsumexp(totals, axis=0) - chosen.sum(0), 0)
     # Of equal scores the first piece's counts, as for an argmax.
     found = jnp.where(best == best.max(0), first, vocab).min(0)
-    return losses, counts & (found == targets[..., 0, 0])
+    return losses, jnp.asarray(counts) & (found == targets[..., 0, 0])
 
 
 def _cut(

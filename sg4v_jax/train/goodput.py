@@ -1,11 +1,11 @@
 """How much of a run's time went into steps that counted, over all its restarts: `goodput.json`."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from sg4v_jax import atomic
 from sg4v_jax.train.metrics import Outages
 from sg4v_jax.train.timeline import DATA, EVAL, INIT, PROFILE, SAVE, STEP
 
@@ -66,10 +66,8 @@ class Goodput:
             "step": step,
             "saved": {str(step): mark for step, mark in self._saved.items()},
         }
-        temporary = self._file.with_suffix(".tmp")
         with self._outages.survived(self._file, "it stays as it is until it works again"):
-            temporary.write_text(json.dumps(state, indent=1) + "\n")
-            os.replace(temporary, self._file)
+            atomic.write(self._file, json.dumps(state, indent=1) + "\n")
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:

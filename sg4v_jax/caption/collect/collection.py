@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from sg4v_jax import atomic
 from sg4v_jax.caption.collect.filters import Filters
-from sg4v_jax.caption.collect.journal import locked, replacing
+from sg4v_jax.caption.collect.journal import locked
 from sg4v_jax.caption.collect.ledger import Ledger, Prices
 from sg4v_jax.caption.collect.prompts import Prompts, question_for
 from sg4v_jax.caption.collect.request import Completion, Item, RequestOptions
@@ -138,17 +139,18 @@ class Collection:
     def write_outputs(self) -> Summary:
         """Writes `captions.json` for training, and `rejected.jsonl`: who has no caption, and why."""
         counts: Counter[str] = Counter()
-        with replacing(self.output / CAPTIONS) as captions, replacing(self.output / REJECTED) as rejected:
-            captions.write("[")
+        captions_file, rejected_file = self.output / CAPTIONS, self.output / REJECTED
+        with atomic.replacing(captions_file) as captions, atomic.replacing(rejected_file) as rejected:
+            captions.write(b"[")
             for image in self.images:
                 standing, line = self._outcome(image)
                 counts[standing] += 1
                 if standing == "captioned":
-                    captions.write(",\n" if counts[standing] > 1 else "\n")
-                    captions.write(json.dumps(line, ensure_ascii=False))
+                    captions.write(b",\n" if counts[standing] > 1 else b"\n")
+                    captions.write(json.dumps(line, ensure_ascii=False).encode())
                 elif line:
-                    rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
-            captions.write("\n]\n")
+                    rejected.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            captions.write(b"\n]\n")
         return Summary(**counts)
 
     def _outcome(self, image: ScannedImage) -> tuple[str, dict[str, Any]]:

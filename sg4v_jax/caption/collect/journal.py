@@ -106,14 +106,3 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
         except OSError as error:
             raise ValueError(f"{directory}: another process is collecting there") from error
         yield
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[Any]:
-    """A text file to write that takes its place when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
