@@ -15,7 +15,7 @@ import numpy as np
 LONGEST_UNIT, TIMES, LEAST = 96, 4, 12
 # A sentence of this many words said this many times is a loop with something in between.
 SENTENCE_WORDS, SENTENCE_TIMES = 4, 3
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
+_SENTENCE = re.compile(r"[^.!?。！？]+")
 _WHOLE_SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)\]*]*$")
 # Of a loop of 12 with a unit of 3, ten trigrams are three different ones; of any other one more are again.
 _REPEATED_TRIGRAMS = 7
@@ -55,6 +55,6 @@ def _loops(units: Sequence[Hashable]) -> bool:
 
 
 def _repeats_a_sentence(text: str) -> bool:
-    sentences = (" ".join(sentence.lower().split()) for sentence in _SENTENCE_END.split(text))
-    counts = Counter(sentence for sentence in sentences if len(sentence.split()) >= SENTENCE_WORDS)
+    sentences = (tuple(sentence.split()) for sentence in _SENTENCE.findall(text.lower()))
+    counts = Counter(words for words in sentences if len(words) >= SENTENCE_WORDS)
     return any(count >= SENTENCE_TIMES for count in counts.values())

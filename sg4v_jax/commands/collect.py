@@ -64,7 +64,7 @@ def _add_pace(group: Any) -> None:
     group.add_argument("--price-in", type=float, help="US dollars for a million prompt tokens")
     group.add_argument("--price-out", type=float, help="US dollars for a million answer tokens")
     group.add_argument("--budget", type=float, help="US dollars for all runs on this output together")
-    group.add_argument("--timeout", type=float, default=120, help="seconds for one answer")
+    group.add_argument("--timeout", type=float, default=120, help="seconds for an answer of an endpoint")
     group.add_argument("--retries", type=int, default=6, help="of a request that failed for the moment")
     group.add_argument("--backoff", type=float, default=1.0, help="seconds; longest first wait for a retry")
     group.add_argument("--stop-after", type=int, default=10, help="errors in a row, for each worker")
