@@ -145,8 +145,8 @@ def score(
     return result
 
 
-def read_marked(folder: pathlib.Path) -> list[Marked]:
-    """The marked samples of a run, from `samples.jsonl`.
+def read_samples(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of `samples.jsonl`: a run's questions, prompts, answers and marks.
 
     Raises:
       FileNotFoundError: the run has none yet.
@@ -154,12 +154,17 @@ def read_marked(folder: pathlib.Path) -> list[Marked]:
     path = folder / SAMPLES
     if not path.exists():
         raise FileNotFoundError(f"{path}: not there; finish the run first")
+    return [json.loads(line) for line in filter(None, path.read_text(encoding="utf-8").split("\n"))]
+
+
+def read_marked(folder: pathlib.Path) -> list[Marked]:
+    """The marked samples of a run.
+
+    Raises:
+      FileNotFoundError: the run has none yet.
+    """
     names = [field.name for field in dataclasses.fields(Marked)]
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [
-        Marked(**{name: line[name] for name in names if name in line})
-        for line in map(json.loads, filter(None, lines))
-    ]
+    return [Marked(**{name: line[name] for name in names if name in line}) for line in read_samples(folder)]
 
 
 def read_scores(output: pathlib.Path) -> dict[str, dict[str, Any]]:
