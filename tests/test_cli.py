@@ -340,10 +340,10 @@ def test_eval_of_benchmarks(
     official.qbench(tmp_path)
     (tmp_path / "world").symlink_to(made.root / "world")
     argv = ["eval", "--model", made / "run", "--data", str(tmp_path), "--max-new-tokens=3"]
-    both = [*argv, "--benchmarks=world,qbench", "--output", str(tmp_path / "a")]
+    both = [*argv, "--benchmarks=all", "--output", str(tmp_path / "a")]
     assert "world: 5 answered, 5 left" in run(*both, "--shard=0/2", "--limit=10")
     shown = run(*both, "--shard=1/2", "--limit=10")
-    assert "embedded world" in shown and "Q-Bench" in shown
+    assert "embedded world" in shown and "Q-Bench" in shown and "left out: gqa: " in shown
     scores = json.loads((tmp_path / "a/world/scores.json").read_text())
     assert scores["samples"] == 10 and scores["model"] == "run" and not scores["problems"]
     lines = [json.loads(line) for line in (tmp_path / "a/qbench/samples.jsonl").read_text().splitlines()]

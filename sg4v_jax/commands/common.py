@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 
@@ -32,6 +33,26 @@ def progress_bar(unit: str) -> Callable[..., Any]:
     import tqdm
 
     return functools.partial(tqdm.tqdm, unit=f" {unit}", disable=not sys.stderr.isatty())
+
+
+def progress_of(unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """`progress_bar`; without a terminal, as on a pod, a line every minute."""
+    return progress_bar(unit) if sys.stderr.isatty() else lambda items: progress_lines(items, unit)
+
+
+def progress_lines(items: Iterable[Any], unit: str, every: float = 60.0) -> Iterator[Any]:
+    """The items; between them, as often as that many seconds, a line with how many and what is left."""
+    import tqdm
+
+    total = len(items) if isinstance(items, Sized) else None
+    start = shown = time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= every:
+            shown = now
+            line = tqdm.tqdm.format_meter(count, total, now - start, ncols=0, unit=f" {unit}")
+            print(line.strip(), file=sys.stderr, flush=True)
 
 
 def add_sampling(

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from sg4v_jax.commands.common import add_command, add_sampling, load_engine, progress_bar
+from sg4v_jax.commands.common import add_command, add_sampling, load_engine, progress_of
 from sg4v_jax.commands.processes import add_processes, join
 
 _ANSWER_TOKENS = 128
@@ -126,7 +126,7 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
     together = shard is None and shares.mine()[1] > 1
     if together:
         for benchmark in benchmarks:
-            bar = progress_bar(f"{benchmark.name} answers") if is_main else iter
+            bar = progress_of(f"{benchmark.name} answers") if is_main else iter
             run(benchmark, loaded=loaded[benchmark.name], shard=shares.mine(), scored=False, progress=bar)
         shares.wait("answered")
         if not is_main:
@@ -138,7 +138,7 @@ def _benchmarks(arguments: argparse.Namespace) -> None:
             loaded=loaded[benchmark.name],
             shard=None if together else shard or (0, 1),
             judge=judge,
-            progress=progress_bar(f"{benchmark.name} answers"),
+            progress=progress_of(f"{benchmark.name} answers"),
         )
         if judge:
             judge.close()
@@ -176,7 +176,7 @@ def _questions(arguments: argparse.Namespace) -> None:
         arguments.output,
         options=options,
         model_id=_model_name(arguments),
-        progress=progress_bar("answers") if is_main else iter,
+        progress=progress_of("answers") if is_main else iter,
     )
     if not is_main:
         return

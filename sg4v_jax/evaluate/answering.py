@@ -1,6 +1,7 @@
 """Putting a benchmark's questions to the engine; an answer is on disk when the next one comes."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -23,6 +24,20 @@ SYNC_EVERY = 32
 
 Entry = dict[str, Any]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Iterable[Any]):
+    """Items whose number is known before they come, so that progress can say what is left."""
+
+    items: Iterable[Any]
+    count: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return self.count
 
 
 class Answers(Protocol):
@@ -56,7 +71,7 @@ def answer_samples(
       settings: how to ask.
       folder: where the journals are.
       shard: (index, count); every sample belongs to one shard.
-      progress: wraps the iteration over answers.
+      progress: wraps the iteration over answers; what it gets has a length.
 
     Returns:
       How many were asked.
@@ -77,7 +92,7 @@ def answer_samples(
             answered = {id_ for id_, entry in read_answers(folder).items() if not entry["error"]}
             todo = [s for s in samples[index::count] if s.id not in answered]
             if todo:
-                for entry in progress(_ask(engine, loaded, todo, settings)):
+                for entry in progress(Counted(_ask(engine, loaded, todo, settings), len(todo))):
                     journal.append(entry)
         finally:
             journal.close()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sg4v_jax.data.records import IMAGE_PLACEHOLDER, Turn, resolve_image
+from sg4v_jax.evaluate.answering import Counted
 from sg4v_jax.evaluate.files import write_lines
 from sg4v_jax.infer.engine import Engine
 from sg4v_jax.infer.request import Prompt, Request
@@ -67,7 +68,7 @@ def answer_questions(
     own = questions[index::count]
     texts = [""] * len(own)
     requests = (Request(i, _prompt(question, image_root), options) for i, question in enumerate(own))
-    for result in progress(engine.complete(requests)):
+    for result in progress(Counted(engine.complete(requests), len(own))):
         if result.completion is None:
             raise ValueError(f"question {own[result.key]['question_id']}: {result.error}")
         texts[result.key] = result.completion.text

@@ -1,7 +1,6 @@
 """Runs side by side: differences, whether they are more than chance, and the samples that flipped."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -240,10 +239,3 @@ def _judged_by(scores: Mapping[str, Any]) -> str:
         return "rules alone"
     runs = f" in {judge['runs']} runs" if judge.get("runs", 1) > 1 else ""
     return f"{' and '.join(judge['answered']) or judge['asked']}{runs}"
-
-
-def read_questions(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The lines of `samples.jsonl` by id: questions, images and prompts of a run's samples."""
-    path = folder / "samples.jsonl"
-    lines = map(json.loads, filter(None, path.read_text(encoding="utf-8").split("\n")))
-    return {line["id"]: line for line in lines}

@@ -11,10 +11,11 @@ from typing import Any
 from sg4v_jax.data.image import ImageError, load_image
 from sg4v_jax.evaluate.answering import read_image
 from sg4v_jax.evaluate.benchmark import Loaded
-from sg4v_jax.evaluate.compare import Comparison, Flip, Flips, Row, change_text, read_questions
+from sg4v_jax.evaluate.compare import Comparison, Flip, Flips, Row, change_text
 from sg4v_jax.evaluate.files import write_text
 from sg4v_jax.evaluate.radar import radar_chart
 from sg4v_jax.evaluate.registry import BENCHMARKS
+from sg4v_jax.evaluate.runner import read_samples
 from sg4v_jax.page.html import document
 
 SHOWN = 6  # flips of each kind above the fold; the first ones, not chosen
@@ -54,7 +55,8 @@ def write_page(
     """
     sections = [_header(comparison), _radar(comparison), _headlines(comparison)]
     for flips in comparison.flips:
-        questions = read_questions(pathlib.Path(first) / flips.benchmark)
+        lines = read_samples(pathlib.Path(first) / flips.benchmark)
+        questions = {line["id"]: line for line in lines}
         loaded = _load(flips.benchmark, data) if flips.gained or flips.lost else None
         sections.append(_flips(comparison, flips, questions, loaded))
     sections.append(_details(comparison))

@@ -1,6 +1,7 @@
 """From a benchmark's files to its scores: answer, mark, measure, and write everything down."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -125,6 +126,8 @@ def score(
     result = {
         "title": benchmark.title,
         **dataclasses.asdict(settings),
+        "decoding": "greedy" if settings.mode == "generate" else "likelihood of each option",
+        "first_prompt": _prompt_as_seen(samples[0], settings),
         "headline": (benchmark.headline or metrics[0].name) if metrics else "",
         "metrics": {metric.name: _numbers(metric) for metric in metrics},
         "details": benchmark.details(marked) if metrics else {},
@@ -142,8 +145,8 @@ def score(
     return result
 
 
-def read_marked(folder: pathlib.Path) -> list[Marked]:
-    """The marked samples of a run, from `samples.jsonl`.
+def read_samples(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of `samples.jsonl`: a run's questions, prompts, answers and marks.
 
     Raises:
       FileNotFoundError: the run has none yet.
@@ -151,12 +154,17 @@ def read_marked(folder: pathlib.Path) -> list[Marked]:
     path = folder / SAMPLES
     if not path.exists():
         raise FileNotFoundError(f"{path}: not there; finish the run first")
+    return [json.loads(line) for line in filter(None, path.read_text(encoding="utf-8").split("\n"))]
+
+
+def read_marked(folder: pathlib.Path) -> list[Marked]:
+    """The marked samples of a run.
+
+    Raises:
+      FileNotFoundError: the run has none yet.
+    """
     names = [field.name for field in dataclasses.fields(Marked)]
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [
-        Marked(**{name: line[name] for name in names if name in line})
-        for line in map(json.loads, filter(None, lines))
-    ]
+    return [Marked(**{name: line[name] for name in names if name in line}) for line in read_samples(folder)]
 
 
 def read_scores(output: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -267,12 +275,22 @@ def _submit(
 
 def _line(sample: Sample, marked: Marked, entry: Entry, settings: Settings) -> dict[str, Any]:
     """A line of `samples.jsonl`: the question and the prompt as seen, the answer and what was made of it."""
-    prompt = prompt_of(sample, settings, ())
-    turns = place_images(prompt.turns, as_asked=True) if sample.image is not None else prompt.turns
     return {
         **dataclasses.asdict(marked),
-        "image": sample.image if isinstance(sample.image, str) else None,
+        "image": _reference(sample.image),
         "question": sample.question,
-        "prompt": render(get_template(settings.template), turns),
+        "prompt": _prompt_as_seen(sample, settings),
         **{name: value for name, value in entry.items() if name not in ("id", "text")},
     }
+
+
+def _prompt_as_seen(sample: Sample, settings: Settings) -> str:
+    turns = prompt_of(sample, settings, ()).turns
+    if sample.image is not None:
+        turns = place_images(turns, as_asked=True)
+    return render(get_template(settings.template), turns)
+
+
+def _reference(image: str | bytes | None) -> str | None:
+    """The path of an image; of one that lies in a table, its digest."""
+    return f"sha256:{hashlib.sha256(image).hexdigest()}" if isinstance(image, bytes) else image

@@ -103,13 +103,9 @@ def seed(root: pathlib.Path) -> None:
 
 
 def mmvet(root: pathlib.Path) -> None:
-    entry = {
-        "question": "What is x?",
-        "imagename": "v1_0.png",
-        "capability": ["ocr", "math"],
-        "answer": "-1<AND>-5",
-    }
-    other = {**entry, "question": "What is it?", "answer": "a dog<OR>a puppy", "capability": ["rec"]}
+    entry = {"question": "What is x?", "answer": "-1<AND>-5", "capability": ["ocr", "math"]}
+    other = {"question": "What is it?", "answer": "a dog<OR>a puppy", "capability": ["rec"]}
+    entry["imagename"] = other["imagename"] = "v1_0.png"
     write(root / "mm-vet/mm-vet.json", {"v1_0": entry, "v1_1": other})
     write(root / "mm-vet/images/v1_0.png", png())
 

@@ -1,5 +1,6 @@
 """Each benchmark from its official files to a score and a submission: prompts, truths, formats, defects."""
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ from sg4v_jax.evaluate.registry import BENCHMARKS, get_benchmarks, load_benchmar
 from sg4v_jax.evaluate.runner import Report, run_benchmark
 from sg4v_jax.evaluate.settings import Choices
 from sg4v_jax.infer.request import Request
-from tests.evaluate.official import LETTER, SHORT, WRITERS, FakeEngine, write
+from tests.evaluate.official import LETTER, SHORT, WRITERS, FakeEngine, png, write
 
 HERE = [name for name, found in BENCHMARKS.items() if not found.judged and not found.server]
 
@@ -60,7 +61,9 @@ def test_right_answers_score_full_marks(name: str, data: pathlib.Path, tmp_path:
     assert len(lines) == report.settings.samples == report.asked
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if name not in ("caption", "pope", "gqa-consistency")])
+@pytest.mark.parametrize(
+    "name", [name for name in HERE if name not in ("caption", "pope", "gqa-consistency")]
+)
 def test_wrong_answers_score_nothing(name: str, data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     report = run(name, data, tmp_path, lambda request: "hm?")
     assert report.scores["metrics"][report.scores["headline"]]["value"] == 0
@@ -121,6 +124,8 @@ def test_what_is_asked_as_published(data: pathlib.Path, tmp_path: pathlib.Path) 
     assert request.options.max_new_tokens == 1024 and request.options.temperature == 0
     assert request.prompt.turns[0].text.startswith("<image>\nHow sharp") and len(request.prompt.images) == 1
     line = read_lines(tmp_path / "qbench/samples.jsonl")[0]
+    scores = json.loads((tmp_path / "qbench/scores.json").read_text())
+    assert scores["decoding"] == "greedy" and scores["first_prompt"] == line["prompt"]
     assert {"id", "question", "answer", "parsed", "score", "truth", "image", "error", "stop"} <= line.keys()
     published = {name: (b.template, b.aspect, b.max_new_tokens) for name, b in BENCHMARKS.items()}
     assert {published[n] for n in ("vqav2", "gqa", "vizwiz", "textvqa", "pope", "mme", "seed")} == {
@@ -238,6 +243,7 @@ def test_the_likeliest_option(mode: str, data: pathlib.Path, tmp_path: pathlib.P
     assert ("\nA. a cat" in request.prompt.turns[0].text) == (mode == "letters")
     line = json.loads((tmp_path / "mmbench/samples.jsonl").read_text().splitlines()[0])
     assert line["answer"] == "B" and len(line["log_probabilities"]) == 3
+    assert line["image"] == f"sha256:{hashlib.sha256(png()).hexdigest()}"
 
 
 def test_likelihoods_are_for_multiple_choice(data: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,7 @@ import pytest
 
 from sg4v_jax.caption.collect.endpoint import Endpoint
 from sg4v_jax.evaluate.benchmark import Sample
+from sg4v_jax.evaluate.compare import compare_runs
 from sg4v_jax.evaluate.judge import Judge
 from sg4v_jax.evaluate.judged import JudgedBenchmark, verdict_cache
 from sg4v_jax.evaluate.registry import BENCHMARKS
@@ -95,6 +97,7 @@ def test_llava_bench(tmp_path: pathlib.Path) -> None:
         judge = report.scores["judge"]
         assert judge["answered"] == ["judge-2026"] and judge["published_with"] == "gpt-4-0314"
         assert judge["without_verdict"] == 1 and "unreadable verdict" in judge["reasons"]["1"]
+        assert not (tmp_path / "out/llava-bench/submission/reviews_llava_bench.jsonl").exists()
         body = next(body for body in asked if "answer 0" in body["messages"][1]["content"])
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0.2, 1024)
         assert body["messages"][1]["content"].startswith(
@@ -104,6 +107,16 @@ def test_llava_bench(tmp_path: pathlib.Path) -> None:
         count = len(asked)
         assert run("llava-bench", tmp_path, url).scores == report.scores
         assert len(asked) == count, "verdicts are remembered"
+
+
+def test_llava_bench_reviews_are_what_the_official_summary_reads(tmp_path: pathlib.Path) -> None:
+    with judging(lambda body: (200, "8 6.5\nBecause.")) as (url, _):
+        run("llava-bench", tmp_path, url)
+    path = tmp_path / "out/llava-bench/submission/reviews_llava_bench.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["category"] for line in lines] == ["llava_bench_conv", "llava_bench_detail"]
+    assert lines[0]["tuple"] == [8.0, 6.5] and lines[0]["content"] == "8 6.5\nBecause."
+    assert [line["question_id"] for line in lines] == [0, 1]
 
 
 def test_mmvet_asks_again_for_a_number(tmp_path: pathlib.Path) -> None:
@@ -183,6 +196,7 @@ def test_a_judge_reads_what_rules_cannot(name: str, tmp_path: pathlib.Path) -> N
     assert without["unreadable"] == without["samples"] and "judge" not in without
     assert without["metrics"]["accuracy"]["value"] == 0
     assert "exact matching" in without["without_judge"] and "exact matching" in summary({name: without})
+    shutil.copytree(tmp_path / "out", tmp_path / "rules")
     with judging(verdict) as (url, asked):
         report = run(name, tmp_path, url, answer=answers)
         assert run(name, tmp_path, url, answer=answers).scores == report.scores
@@ -192,6 +206,8 @@ def test_a_judge_reads_what_rules_cannot(name: str, tmp_path: pathlib.Path) -> N
     assert scores["metrics"]["accuracy"]["value"] == (50 if name == "mmstar" else 100)
     lines = (tmp_path / "out" / name / "samples.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["verdicts"][0]["model"] == "judge-2026"
+    notes = compare_runs([tmp_path / "rules", tmp_path / "out"]).notes
+    assert notes == (f"{name}: judged by rules alone and by judge-2026; not comparable",)
 
 
 def test_the_judge_is_asked_thrice_and_then_nothing_is_invented(tmp_path: pathlib.Path) -> None:

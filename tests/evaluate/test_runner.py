@@ -8,11 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from typing import Any
 
 import pytest
 
+from sg4v_jax.commands.common import progress_lines
 from sg4v_jax.evaluate import answering
-from sg4v_jax.evaluate.answering import read_answers
+from sg4v_jax.evaluate.answering import Counted, read_answers
 from sg4v_jax.evaluate.benchmark import Loaded
 from sg4v_jax.evaluate.registry import BENCHMARKS
 from sg4v_jax.evaluate.runner import Report, run_benchmark, summary
@@ -154,6 +156,26 @@ def test_other_settings_need_another_output(
 def test_impossible_choices(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         Choices(**wrong)  # type: ignore[arg-type]
+
+
+def test_progress_knows_what_is_left(loaded: Loaded, tmp_path: pathlib.Path) -> None:
+    left: list[int] = []
+
+    def progress(answers: Any) -> Any:
+        left.append(len(answers))
+        return answers
+
+    run(loaded, tmp_path, FakeEngine(answer), shard=(0, 3), progress=progress)
+    run(loaded, tmp_path, FakeEngine(answer), progress=progress)
+    assert left == [4, 8]
+
+
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [*progress_lines(Counted(iter("abcd"), 4), "answers", every=0.0)] == [*"abcd"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "2/4" in lines[1] and lines[1].endswith("answers/s]") and "<00:00" in lines[1]
+    assert not [*progress_lines([], "answers", every=0.0)] and [*progress_lines("ab", "answers")] == [*"ab"]
+    assert not capsys.readouterr().err, "a line a minute"
 
 
 def test_summary(loaded: Loaded, tmp_path: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ scores of random answers, caption scores. Where they come from is said in docs/e
 """
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sg4v_jax.evaluate.benchmark import Marked
-from sg4v_jax.evaluate.benchmarks import gqa, mme, pope, qbench, scienceqa, seed
+from sg4v_jax.evaluate.benchmarks import gqa, mmbench, mme, pope, qbench, scienceqa, seed
 from sg4v_jax.evaluate.benchmarks.captioning import Captioning
 from sg4v_jax.evaluate.caption_scores import cider, words
 from sg4v_jax.evaluate.choices import NONE_OF_THEM, infer_option
@@ -128,6 +129,63 @@ def test_pope_metrics() -> None:
     assert scores["precision: random"] == pytest.approx(75)
     assert scores["recall: random"] == pytest.approx(60)
     assert scores["said yes: random"] == pytest.approx(40)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(pope.CATEGORIES),
+            st.sampled_from(("yes", "no")),
+            st.sampled_from(("Yes", "No", "no, not", "Yes. No", "There is not, sir", "Not", "")),
+        ),
+        min_size=1,
+        max_size=40,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_pope_by_its_definition(lines: list[tuple[str, str, str]]) -> None:
+    """Counts of the confusion matrix, against ratios of sums over images."""
+    marked = []
+    for i, (category, truth, answer) in enumerate(lines):
+        said = pope.parse(answer)
+        # Three questions share an image.
+        fields = {"category": category, "image": str(i // 3)}
+        marked.append(Marked(str(i), truth, fields, answer, said, float(said == truth)))
+    found = {metric.name: value(metric) for metric in pope.POPE().metrics(marked)}
+    scores = []
+    for category in dict.fromkeys(c for c in pope.CATEGORIES if any(line[0] == c for line in lines)):
+        # No sentence but the first; "Not" with a capital is no denial.
+        denials = {"No", "no, not", "There is not, sir"}
+        cells = [(truth, answer not in denials) for c, truth, answer in lines if c == category]
+        tp, fp = cells.count(("yes", True)), cells.count(("no", True))
+        fn, tn = cells.count(("yes", False)), cells.count(("no", False))
+        assert found[f"accuracy: {category}"] == pytest.approx(100 * (tp + tn) / len(cells))
+        assert found[f"said yes: {category}"] == pytest.approx(100 * (tp + fp) / len(cells))
+        if tp + fp and tp + fn:
+            precision, recall = tp / (tp + fp), tp / (tp + fn)
+            assert found[f"precision: {category}"] == pytest.approx(100 * precision)
+            assert found[f"recall: {category}"] == pytest.approx(100 * recall)
+            scores.append(200 * precision * recall / (precision + recall) if tp else 0.0)
+            assert found[f"F1: {category}"] == pytest.approx(scores[-1])
+        else:
+            scores.append(math.nan if not tp + fp + fn else 0.0)
+    assert found["F1"] == pytest.approx(np.mean(scores), nan_ok=True)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=4), min_size=1, max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_mmbench_by_its_definition(groups: list[list[bool]]) -> None:
+    marked = [
+        Marked(
+            str(turn * 1_000_000 + i), "A", {"group": str(i), "category": f"c{i % 2}"}, "", "A", float(hit)
+        )
+        for i, hits in enumerate(groups)
+        for turn, hit in enumerate(hits)
+    ]
+    found = {metric.name: value(metric) for metric in mmbench.MMBench().metrics(marked)}
+    assert found["accuracy"] == pytest.approx(100 * np.mean([all(hits) for hits in groups]))
+    assert found["category: c0"] == pytest.approx(100 * np.mean([all(hits) for hits in groups[::2]]))
+    assert found["accuracy without rotations"] == pytest.approx(100 * np.mean(np.concatenate(groups)))
 
 
 OPTIONS = {"A": "a cat", "B": "the dog", "C": "two", "D": "cat food"}
