@@ -18,7 +18,8 @@ class KVCache:
     """Keys and values of every slot, as rows: position after position, a row for each head.
 
     So they lie in memory as the kernel reads them, whatever the number of heads; and a layer is never cut
-    out. Heads that a mesh splits are in several parts, each with its own rows.
+    out. Heads that a mesh splits are in several parts, each with its own rows; so are all heads where no
+    kernel reads them (`kernels.decoding.parts`).
 
     Attributes:
       key, value: [layers, batch, parts, capacity * kv_heads / parts, head_dim], floating or int8.
