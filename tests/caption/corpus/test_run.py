@@ -26,13 +26,6 @@ from tests.caption.corpus.fake import PROMPT, FakeEngine, caption, write_images
 COUNT = 61
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("images")
-    write_images(root, COUNT)
-    return root
-
-
 def files(output: pathlib.Path) -> dict[str, bytes]:
     """All that a finished job leaves, by path."""
     return {
