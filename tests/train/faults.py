@@ -272,6 +272,20 @@ def torment(
     return story
 
 
+def table(lives: list[dict[str, Any]]) -> str:
+    """What happened, as docs/survival.md shows it."""
+    rows = [
+        ["#", "damaged before", "process", "killed in", "delay", "complete then", "being written", "removed"]
+    ]
+    rows += [["---"] * len(rows[0])]
+    for number, life in enumerate(lives, 1):
+        lists = (", ".join(map(str, life[name])) for name in ("checkpoints", "unfinished", "removed"))
+        done, unfinished, removed = (text.replace(".orbax-checkpoint-tmp", "") for text in lists)
+        row = [number, life.get("damaged", ""), life["process"], life["phase"], life["delay"]]
+        rows.append([str(cell) for cell in (*row, done or "-", unfinished, removed)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def finish(config: ConfigDict, workdir: pathlib.Path, processes: int) -> None:
     """Trains to the end, undisturbed."""
     log = workdir.with_name(f"{workdir.name}.log")
@@ -363,6 +377,7 @@ def main() -> None:
     story = torment(config, arguments.output / "killed", arguments.processes, arguments.kills, scale)
     seconds = {"save": scale, "undisturbed": undisturbed, "all": time.monotonic() - start}
     (arguments.output / "story.json").write_text(json.dumps({"lives": story, "seconds": seconds}, indent=1))
+    (arguments.output / "story.md").write_text(table(story))
     if arguments.compare:
         print(f"{compare(arguments.output)} arrays, and the data states and metrics, are equal to the bit")
 

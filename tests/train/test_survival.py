@@ -1,6 +1,6 @@
 """What a run survives: damaged checkpoints, failed saves, full disks, steps that are not finite, kills.
 
-Data workers that die are in tests/data/test_loader.py, notices of preemption in test_preemption.py.
+Data workers that die are in tests/data/test_loader.py, notices of preemption in test_resume.py.
 """
 
 import contextlib
