@@ -279,8 +279,11 @@ def table(lives: list[dict[str, Any]]) -> str:
     ]
     rows += [["---"] * len(rows[0])]
     for number, life in enumerate(lives, 1):
-        lists = (", ".join(map(str, life[name])) for name in ("checkpoints", "unfinished", "removed"))
-        done, unfinished, removed = (text.replace(".orbax-checkpoint-tmp", "") for text in lists)
+        names = ("checkpoints", "unfinished", "removed")
+        # Of `4.orbax-checkpoint-tmp` the step.
+        done, unfinished, removed = (
+            ", ".join(str(n).partition(".")[0] for n in life[name]) for name in names
+        )
         row = [number, life.get("damaged", ""), life["process"], life["phase"], life["delay"]]
         rows.append([str(cell) for cell in (*row, done or "-", unfinished, removed)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
