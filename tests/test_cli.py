@@ -20,6 +20,8 @@ from sg4v_jax.train import metrics
 from sg4v_jax.world import load_photos
 from tests.evaluate import official
 
+# What its arguments make it say.
+Command = Callable[..., str]
 COMMANDS = [
     ["demo"],
     ["data", "build"],
@@ -59,14 +61,19 @@ SMALL = [
 ]
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The last line on standard error of a command that must exit with 2, without a traceback."""
-    with pytest.raises(SystemExit) as exit_:
-        main(list(argv))
-    assert exit_.value.code == 2
-    output = capsys.readouterr()
-    assert "Traceback" not in output.err and not output.out
-    return output.err.strip().splitlines()[-1]
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command that must exit with 2, without a traceback; its last line on standard error."""
+
+    def call(*argv: str) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            main(list(argv))
+        assert exit_.value.code == 2
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err and not output.out
+        return output.err.strip().splitlines()[-1]
+
+    return call
 
 
 def test_module_runs() -> None:
@@ -134,14 +141,10 @@ TRAIN = ["train", "--workdir=w", "--config=configs/captioner.py:tiny"]
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_errors_are_one_line_that_names_the_thing(
-    argv: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str], message: str, fails: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message in fails(capsys, *argv)
+    assert message in fails(*argv)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +155,11 @@ def test_errors_are_one_line_that_names_the_thing(
         ('{"id": "a", "image": 7, "conversations": []}\n', "'image' is int 7"),
     ],
 )
-def test_broken_records_are_named(
-    content: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
-) -> None:
+def test_broken_records_are_named(content: str, message: str, fails: Command, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "broken.json"
     file.write_text(content)
     places = ["--images=.", f"--output={tmp_path / 'datasets'}"]
-    shown = fails(capsys, "data", "build", "--name=x", f"--json={file}", *places)
+    shown = fails("data", "build", "--name=x", f"--json={file}", *places)
     assert "broken.json: record 0" in shown and message in shown
 
 
@@ -203,7 +204,7 @@ def sources(made: Made) -> list[str]:
 
 
 @pytest.fixture
-def run(made: Made, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def run(made: Made, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs a command; what it printed."""
 
     def call(*argv: str) -> str:
@@ -215,7 +216,7 @@ def run(made: Made, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.mark.slow
-def test_data_show(made: Made, run: Callable[..., str], tmp_path: pathlib.Path) -> None:
+def test_data_show(made: Made, run: Command, tmp_path: pathlib.Path) -> None:
     argv = ["data", "show", "--config=configs/captioner.py:tiny", *SMALL, *sources(made)]
     shown = run(*argv, "--rows=1")
     assert "row 0: " in shown and "row 1: " not in shown and "[image in slot 0]" in shown
@@ -236,7 +237,7 @@ def test_train(made: Made) -> None:
 
 @pytest.mark.slow
 def test_a_converted_model_is_no_run(
-    made: Made, run: Callable[..., str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    made: Made, run: Command, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Training in its directory would start from random weights; from `config.init` it starts right."""
     start, workdir = str(tmp_path / "start"), str(tmp_path / "run")
@@ -268,13 +269,7 @@ def outputs(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_caption(
-    made: Made,
-    run: Callable[..., str],
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_caption(made: Made, run: Command, fails: Command, tmp_path: pathlib.Path) -> None:
     """Two processes, one of them killed at work, write what one undisturbed process does."""
     images = tmp_path / "images"
     for name, photo in zip(("a.jpg", "sub/b.jpg", "c.jpg"), load_photos(), strict=False):
@@ -310,16 +305,16 @@ def test_caption(
     assert [record["image"] for record in records] == [line["image"] for line in lines if line.get("caption")]
     assert {record["conversations"][0]["value"] for record in records} <= {f"<image>\n{PROMPT}"}
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_run", lambda *_: pytest.fail("there was nothing left to do"))
         run(*caption_argv(made, images, undisturbed))
     assert outputs(shared) == outputs(undisturbed)
-    message = fails(capsys, *caption_argv(made, images, undisturbed), "--prompt=Why?", "--top-k=5")
+    message = fails(*caption_argv(made, images, undisturbed), "--prompt=Why?", "--top-k=5")
     assert f"prompt was {PROMPT!r}, now 'Why?'" in message and "options.top_k was 0, now 5" in message
 
 
 @pytest.mark.slow
-def test_eval_scores_against_the_truth(made: Made, run: Callable[..., str], tmp_path: pathlib.Path) -> None:
+def test_eval_scores_against_the_truth(made: Made, run: Command, tmp_path: pathlib.Path) -> None:
     questions, truth = made.root / "world/heldout_questions.jsonl", made.root / "world/heldout_answers.jsonl"
     answers = tmp_path / "answers.jsonl"
     argv = ["--model", made / "run", "--questions", str(questions), "--images", made / "world/images"]
@@ -333,9 +328,7 @@ def test_eval_scores_against_the_truth(made: Made, run: Callable[..., str], tmp_
 
 
 @pytest.mark.slow
-def test_eval_of_benchmarks(
-    made: Made, run: Callable[..., str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eval_of_benchmarks(made: Made, run: Command, fails: Command, tmp_path: pathlib.Path) -> None:
     """From official files to scores and a comparison, by generating and by likelihood."""
     official.qbench(tmp_path)
     (tmp_path / "world").symlink_to(made.root / "world")
@@ -355,16 +348,12 @@ def test_eval_of_benchmarks(
     page = tmp_path / "page.html"
     shown = run("eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(page))
     assert "qbench: the runs differ in mode (generate, letters)" in shown and page.exists()
-    assert "greedily" in fails(capsys, *both, "--temperature=1")
+    assert "greedily" in fails(*both, "--temperature=1")
 
 
 @pytest.mark.slow
 def test_convert_and_chat(
-    made: Made,
-    run: Callable[..., str],
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    made: Made, run: Command, fails: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The converted model says what the run says; a conversation goes on until its input ends."""
     image = tmp_path / "photo.jpg"
@@ -373,7 +362,7 @@ def test_convert_and_chat(
     argv = ["convert", "--model", made / "run", "--output", converted, "--to=hf", "--dtype=float32"]
     assert f"wrote {converted}" in run(*argv)
     assert {"config.json", "tokenizer.json", "tokenizer.model"} <= set(os.listdir(converted))
-    assert "hf" in fails(capsys, *argv), "a directory that isn't empty is not overwritten"
+    assert "hf" in fails(*argv), "a directory that isn't empty is not overwritten"
     chat = ["--image", str(image), "--max-new-tokens=4", "--dtype=float32"]
     answers = [run("chat", "--model", model, *chat, "What is this?") for model in (made / "run", converted)]
     assert answers[0] == answers[1] and answers[0].endswith("\n")

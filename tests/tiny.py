@@ -1,7 +1,9 @@
 """A model small enough to compile in seconds, and packed batches for it."""
 
 import functools
-from typing import Any
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,10 @@ from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from sg4v_jax.models.sharegpt4v import abstract_model
 from sg4v_jax.train.groups import flatten, unflatten
 
+if TYPE_CHECKING:
+    # It prepares a process for tests, which not all that import this are.
+    from tests.conftest import TinyWorld
+
 # These programs run a few times: compiling them takes far longer.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -22,6 +28,38 @@ GROUPS = (
     ("vision/(unused|post_norm)/.*", None),
     (".*", 1.0),
 )
+
+# Fields of a config that make a run of real processes as small as it goes.
+SMALL_RUN = {
+    **{
+        f"model.{part}.{name}": value
+        for part in ("vision", "text")
+        for name, value in {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+        }.items()
+    },
+    "model.text.num_kv_heads": 1,
+    "model.vision.image_size": 24,
+    "model.vision.patch_size": 12,
+    "model.vision.tuned_from": 0,
+    "data.seq_len": 96,
+    "data.image_slots": 1,
+    "data.batch_size": 2,
+    "data.num_threads": 1,
+    "data.packing_window": 4,
+    "train.log_every": 1,
+    "train.loss_chunk": 64,
+}
+
+
+def small_argv(world: "TinyWorld", workdir: str | pathlib.Path, fields: Mapping[str, object]) -> list[str]:
+    """The arguments of `sg4v` for such a pre-training, with further fields of the config."""
+    data = {"data.tokenizer": world.tokenizer, "data.sources.share_captioner.directory": world.captions}
+    overrides = [f"--config.{field}={value}" for field, value in (SMALL_RUN | data | fields).items()]
+    return ["train", "--config=configs/pretrain.py:tiny", f"--workdir={workdir}", *overrides]
 
 
 def model_config(tuned_from: int = 1, num_kv_heads: int = 2, frozen_layers: int = 4) -> ModelConfig:

@@ -18,7 +18,7 @@ MEASURED = ("speed/", "memory/", "goodput/")
 
 
 class Outages:
-    """Files that are only watched: what can't be written, as on a full disk, is told once; the run goes on."""
+    """Files that are only watched: one that can't be written, as on a full disk, is told of once."""
 
     def __init__(self) -> None:
         self._failed: set[pathlib.Path] = set()

@@ -49,4 +49,6 @@ class ProfilerWindow:
             with self._outages.survived(self._directory, "there is no trace"):
                 with self._timeline.waiting(PROFILE):
                     jax.profiler.stop_trace()
-                log.info("wrote the trace of steps %d to %d to %s", *(self._first, self._end - 1, self._directory))
+                log.info(
+                    "wrote the trace of steps %d to %d to %s", *(self._first, self._end - 1, self._directory)
+                )

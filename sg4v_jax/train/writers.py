@@ -43,8 +43,8 @@ class TensorBoard:
             self._writer.flush()
         except OSError as error:
             log.error(
-                "%s can't be written (%s): make room there. TensorBoard gets nothing from step %d on, until the "
-                "run is started again; %s has it all",
+                "%s can't be written (%s): make room there. TensorBoard gets nothing from step %d on, until "
+                "the run is started again; %s has it all",
                 *(self._directory, error.strerror, step, metrics.FILE_NAME),
             )
             self._writer = None

@@ -19,37 +19,23 @@ from sg4v_jax.train import groups, metrics
 from tests.conftest import TinyWorld
 from tests.launch.conftest import make_launch
 from tests.launch.fake import gcloud as fake
+from tests.tiny import small_argv
 from tests.train.test_resume import logged
 
 # The notice takes up to two seconds to go round: the run must last longer than that from there on.
 STEPS, PREEMPTED_AFTER, STEP_SECONDS = 60, 4, 0.07
-# Widths of the model and lengths of the rows: as small as they go.
-SMALL = {
-    **{f"model.{part}.{name}": value for part in ("vision", "text") for name, value in {
-        "hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 2}.items()},
-    "model.text.num_kv_heads": 1,
-    "model.vision.image_size": 24,
-    "model.vision.patch_size": 12,
-    "model.vision.tuned_from": 0,
-    "data.seq_len": 96,
-    "data.image_slots": 1,
-    "data.batch_size": 2,
-    "data.num_threads": 1,
+CONFIG = {
     "data.packing_window": 2,
     "train.num_steps": STEPS,
-    "train.log_every": 1,
-    "train.loss_chunk": 64,
     "checkpoint.every": 1000,
     "checkpoint.keep": 2,
-}  # fmt: skip
+}
 
 
 def pretraining(
     name: str, world: TinyWorld, workdir: pathlib.Path, archive: str, **overrides: object
 ) -> Launch:
-    data = {"data.tokenizer": world.tokenizer, "data.sources.share_captioner.directory": world.captions}
-    argv = ["sg4v", "train", "--config=configs/pretrain.py:tiny", "--workdir={workdir}"]
-    argv += [f"--config.{field}={value}" for field, value in (SMALL | data).items()]
+    argv = ["sg4v", *small_argv(world, "{workdir}", CONFIG)]
     place = {"name": name, "workdir": os.fspath(workdir), "install.source": archive, "wait.poll_seconds": 0.3}
     return make_launch(tuple(argv), **place, **overrides)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,50 +20,60 @@ import pytest
 from sg4v_jax.__main__ import main
 from sg4v_jax.convert.orbax import CHECKPOINTS
 from sg4v_jax.parallel.shares import interleave
-from sg4v_jax.train import metrics
+from sg4v_jax.train import first_batch, metrics, writers
 from sg4v_jax.world import WorldFiles
 from tests.conftest import TinyWorld
 from tests.parallel.test_distributed import free_port
+from tests.tiny import small_argv
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 STEPS, RESUMED_AT = 4, 2
-# As small as it goes. One sample a row: packed, each reader packs its own, and rows are others for another
-# number of readers.
+# One sample a row: packed, each reader packs its own, and rows are others for another number of readers.
 CONFIG = {
-    **{f"model.{part}.{name}": value for part in ("vision", "text") for name, value in {
-        "hidden_size": 16, "intermediate_size": 16, "num_layers": 3, "num_heads": 2}.items()},
-    "model.text.num_kv_heads": 1,
-    "model.vision.image_size": 24,
-    "model.vision.patch_size": 12,
+    "model.vision.num_layers": 3,
     "model.vision.tuned_from": 1,
     "data.packing": False,
-    "data.seq_len": 96,
-    "data.image_slots": 1,
     "data.batch_size": 4,
-    "data.num_threads": 1,
     "train.num_steps": STEPS,
-    "train.log_every": 1,
-    "train.loss_chunk": 64,
     "checkpoint.every": RESUMED_AT,
     "checkpoint.keep": STEPS,
-}  # fmt: skip
+}
 
 
 def train_argv(world: TinyWorld, workdir: pathlib.Path, **mesh: int) -> list[str]:
-    data = {"data.tokenizer": world.tokenizer, "data.sources.share_captioner.directory": world.captions}
-    fields = CONFIG | data | {f"mesh.{axis}": size for axis, size in mesh.items()}
-    overrides = [f"--config.{field}={value}" for field, value in fields.items()]
-    return ["train", "--config=configs/pretrain.py:tiny", f"--workdir={workdir}", *overrides]
+    return small_argv(world, workdir, CONFIG | {f"mesh.{axis}": size for axis, size in mesh.items()})
 
 
-def run_processes(
-    commands: Sequence[list[str]], count: int, devices: int, **environment: str
-) -> list[tuple[str, str]]:
-    """Runs `sg4v` commands one after the other in each of `count` processes; (stdout, stderr) of each."""
-    script = (
-        f"import json\nfrom sg4v_jax.__main__ import main\n"
-        f"for argv in json.loads({json.dumps(json.dumps(commands))}):\n    main(argv)"
-    )
+class Said(NamedTuple):
+    """What a process printed, and what it opened to write, as far as Python knows."""
+
+    out: str
+    err: str
+    written: set[pathlib.Path]
+
+    def below(self, directory: pathlib.Path) -> list[pathlib.Path]:
+        """What it wrote there."""
+        inside = (path for path in self.written if path.is_relative_to(directory))
+        return sorted(path.relative_to(directory) for path in inside)
+
+
+SCRIPT = """
+import json, os, sys
+from sg4v_jax.__main__ import main
+written = []
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+        if (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            written.append(os.path.abspath(arguments[0]))
+sys.addaudithook(note)
+for argv in json.loads(sys.argv[1]):
+    main(argv)
+print(*written, sep="\\n", file=open(sys.argv[2], "w"))
+"""
+
+
+def run_processes(commands: Sequence[list[str]], count: int, devices: int, **environment: str) -> list[Said]:
+    """Runs `sg4v` commands one after the other in each of `count` processes."""
     base = {name: value for name, value in os.environ.items() if not name.startswith("SG4V_")}
     base |= {"PYTHONPATH": os.fspath(REPOSITORY), "JAX_PLATFORMS": "cpu", "SG4V_JOIN_TIMEOUT": "600"}
     base |= {"JAX_NUM_CPU_DEVICES": str(devices), "SG4V_NUM_PROCESSES": str(count)} | environment
@@ -74,16 +85,18 @@ def run_processes(
         for index in range(count):
             own = base | {"SG4V_PROCESS_ID": str(index)}
             files = [stack.enter_context((folder / f"{index}.{name}").open("w+")) for name in ("out", "err")]
-            command = [sys.executable, "-c", script]
+            command = [sys.executable, "-c", SCRIPT, json.dumps(commands), f"{folder}/{index}.written"]
             process = subprocess.Popen(command, env=own, cwd=REPOSITORY, stdout=files[0], stderr=files[1])
             stack.callback(process.kill)
             running.append(process)
         codes = [process.wait() for process in running]
-        for index in range(count):
-            out, err = ((folder / f"{index}.{name}").read_text() for name in ("out", "err"))
-            lines = out.splitlines(keepends=True)
-            said.append(("".join(line for line in lines if "peer ranks" not in line), err))
-    assert codes == [0] * count, "\n".join(err[-2000:] for _, err in said)
+        errors = [(folder / f"{index}.err").read_text() for index in range(count)]
+        assert codes == [0] * count, "\n".join(err[-2000:] for err in errors)
+        for index, err in enumerate(errors):
+            lines = (folder / f"{index}.out").read_text().splitlines(keepends=True)
+            written = map(pathlib.Path, (folder / f"{index}.written").read_text().splitlines())
+            out = "".join(line for line in lines if "peer ranks" not in line)
+            said.append(Said(out, err, set(written)))
     return said
 
 
@@ -105,19 +118,24 @@ def alone(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> pa
 def test_training(alone: pathlib.Path, tiny_world: TinyWorld, tmp_path: pathlib.Path) -> None:
     """Four processes, of which two each hold the same rows; from the middle two go on, on another mesh."""
     four, two = tmp_path / "four", tmp_path / "two"
-    said = run_processes([train_argv(tiny_world, four, fsdp=2, tensor=2)], 4, 1, JAX_LOG_COMPILES="1")
+    watched = [*train_argv(tiny_world, four, fsdp=2, tensor=2), "--config.metrics.tensorboard=True"]
+    said = run_processes([watched], 4, 1, JAX_LOG_COMPILES="1")
     np.testing.assert_allclose(losses(four), losses(alone), rtol=1e-5)
-    assert f"{four}: done, loss" in said[0][0] and "trainable and" in said[0][1]
-    # The others write nothing, and of what they do they say nothing.
-    assert [out for out, _ in said[1:]] == [""] * 3
-    assert not any("trainable and" in err or "used" in err for _, err in said[1:])
-    for _, err in said:
+    assert f"{four}: done, loss" in said[0].out and "trainable and" in said[0].err
+    # The others write nothing but their part of checkpoints, and of what they do they say nothing.
+    names = {path.parts[0] for path in said[0].below(four)}
+    expected = {metrics.FILE_NAME, "goodput.tmp", first_batch.FILE_NAME, writers.TENSORBOARD}
+    assert names > expected | {".config.json.partial"}
+    for other in said[1:]:
+        assert other.out == "" and "trainable and" not in other.err and "used" not in other.err
+        assert {path.parts[0] for path in other.below(four)} <= {CHECKPOINTS}
+    for _, err, _ in said:
         assert err.count("Finished XLA compilation of jit(train_step)") == 1
 
     shutil.copytree(four, two)
     shutil.rmtree(two / CHECKPOINTS / str(STEPS))
     said = run_processes([train_argv(tiny_world, two, fsdp=4)], 2, 2)
-    assert f"resuming at step {RESUMED_AT}" in said[0][1]
+    assert f"resuming at step {RESUMED_AT}" in said[0].err
     np.testing.assert_allclose(losses(two), losses(alone), rtol=1e-5)
     assert losses(two)[:RESUMED_AT] == losses(four)[:RESUMED_AT]
 
@@ -151,9 +169,12 @@ def test_evaluating_and_captioning(
         main(argv)
     expected = capsys.readouterr().out
     (first, second) = run_processes(commands(two), 2, 2)
-    assert second[0] == ""
+    # The second writes its answers and captions, from which the first makes the scores and the page.
+    assert second.out == ""
+    print(first.below(two))
+    print(second.below(two))
     same = [line for line in expected.splitlines() if str(one) not in line]
-    assert len(same) > 3 and set(same) <= set(first[0].splitlines())
+    assert len(same) > 3 and set(same) <= set(first.out.splitlines())
     for name in ("answers.jsonl", "scores/world/samples.jsonl", "captions/captions.json"):
         assert (two / name).read_bytes() == (one / name).read_bytes(), name
     journals = sorted((two / "scores/world").glob("answers-*.jsonl"))

@@ -36,6 +36,7 @@ from sg4v_jax.convert.orbax import CHECKPOINTS
 from sg4v_jax.parallel import distributed
 from sg4v_jax.train import loop
 from sg4v_jax.train.checkpoint import DELETED, Checkpointer
+from tests.tiny import SMALL_RUN
 
 STEPS = 16
 # Of a life: until the first step, steps with their logging, and saves, which are most of what can go wrong.
@@ -50,29 +51,16 @@ UNMET = ("Gloo context initialization failed", "Gloo Al", "DEADLINE_EXCEEDED")
 
 def run_config(tokenizer: str, dataset: str, processes: int = 1) -> ConfigDict:
     """As small as a run gets; a checkpoint after every step."""
-    widths = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 2, "num_heads": 2}
-    return configs.load(
-        "configs/pretrain.py:tiny",
-        **{f"model.{part}.{name}": value for part in ("vision", "text") for name, value in widths.items()},
-        **{
-            "model.text.num_kv_heads": 2,
-            "model.vision.image_size": 24,
-            "model.vision.patch_size": 12,
-            "model.vision.tuned_from": 0,
-            "data.sources.share_captioner.directory": dataset,
-            "data.tokenizer": tokenizer,
-            "data.packing_window": 4,
-            "data.num_threads": 1,
-            "data.seq_len": 96,
-            "data.image_slots": 1,
-            "data.batch_size": 2 if processes == 1 else processes * PER_PROCESS,
-            "train.num_steps": STEPS,
-            "train.log_every": 1,
-            "train.loss_chunk": 64,
-            "checkpoint.every": 1,
-            "checkpoint.keep": 3,
-        },
-    )
+    fields = SMALL_RUN | {
+        "model.text.num_kv_heads": 2,
+        "data.sources.share_captioner.directory": dataset,
+        "data.tokenizer": tokenizer,
+        "data.batch_size": 2 if processes == 1 else processes * PER_PROCESS,
+        "train.num_steps": STEPS,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 3,
+    }
+    return configs.load("configs/pretrain.py:tiny", **fields)
 
 
 class Killer:
@@ -284,6 +272,23 @@ def torment(
     return story
 
 
+def table(lives: list[dict[str, Any]]) -> str:
+    """What happened, as docs/survival.md shows it."""
+    rows = [
+        ["#", "damaged before", "process", "killed in", "delay", "complete then", "being written", "removed"]
+    ]
+    rows += [["---"] * len(rows[0])]
+    for number, life in enumerate(lives, 1):
+        names = ("checkpoints", "unfinished", "removed")
+        # Of `4.orbax-checkpoint-tmp` the step.
+        done, unfinished, removed = (
+            ", ".join(str(n).partition(".")[0] for n in life[name]) for name in names
+        )
+        row = [number, life.get("damaged", ""), life["process"], life["phase"], life["delay"]]
+        rows.append([str(cell) for cell in (*row, done or "-", unfinished, removed)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def finish(config: ConfigDict, workdir: pathlib.Path, processes: int) -> None:
     """Trains to the end, undisturbed."""
     log = workdir.with_name(f"{workdir.name}.log")
@@ -375,6 +380,7 @@ def main() -> None:
     story = torment(config, arguments.output / "killed", arguments.processes, arguments.kills, scale)
     seconds = {"save": scale, "undisturbed": undisturbed, "all": time.monotonic() - start}
     (arguments.output / "story.json").write_text(json.dumps({"lives": story, "seconds": seconds}, indent=1))
+    (arguments.output / "story.md").write_text(table(story))
     if arguments.compare:
         print(f"{compare(arguments.output)} arrays, and the data states and metrics, are equal to the bit")
 

@@ -1,11 +1,16 @@
-"""A killed run ends with the same bits as one that was never disturbed."""
+"""A run that was killed, or told to stop, ends with the same bits as one that was never disturbed.
 
+Two processes, of which one is told, are in tests/launch/test_story.py.
+"""
+
+import functools
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +21,9 @@ from ml_collections import ConfigDict
 from sg4v_jax import config as configs
 from sg4v_jax.convert.orbax import CHECKPOINTS, load_run, read_meta
 from sg4v_jax.data import build, defects
-from sg4v_jax.train import groups, metrics
+from sg4v_jax.train import groups, loop, metrics
 from sg4v_jax.train.loop import train
+from sg4v_jax.train.preemption import Preempted
 from tests.conftest import TinyWorld
 
 STEPS, KILLED_IN = 6, 4
@@ -108,32 +114,80 @@ test_resume.train(test_resume.run_config({case!r}, world), {os.fspath(workdir)!r
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
 
 
+def same_end(ours: pathlib.Path, theirs: pathlib.Path) -> None:
+    """Asserts that two runs wrote the same lines and ended with the same bits."""
+    assert [line["step"] for line in logged(ours)] == list(range(STEPS))
+    assert logged(ours) == logged(theirs)
+    found, expected = saved(ours, STEPS), saved(theirs, STEPS)
+    for item, leaves in expected.items():
+        assert leaves.keys() == found[item].keys()
+        for name, leaf in leaves.items():
+            np.testing.assert_array_equal(found[item][name], leaf, err_msg=f"{item} {name}")
+
+
+Undisturbed = Callable[[str], tuple[pathlib.Path, dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """By case, the directory of a run that nothing happened to, and what it returned."""
+
+    @functools.cache
+    def run(case: str) -> tuple[pathlib.Path, dict[str, float]]:
+        workdir = tmp_path_factory.mktemp("undisturbed")
+        return workdir, train(run_config(case, tiny_world), workdir)
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_killed_run_resumes_to_the_bit(case: str, tiny_world: TinyWorld, tmp_path: pathlib.Path) -> None:
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    expected = train(run_config(case, tiny_world), undisturbed)
-    train_and_die(case, tiny_world, killed)
-    steps = sorted(int(path.name) for path in (killed / CHECKPOINTS).iterdir() if path.name.isdigit())
+def test_killed_run_resumes_to_the_bit(
+    case: str, undisturbed: Undisturbed, tiny_world: TinyWorld, tmp_path: pathlib.Path
+) -> None:
+    calm, expected = undisturbed(case)
+    train_and_die(case, tiny_world, tmp_path)
+    steps = sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir() if path.name.isdigit())
     # The newest may or may not have been finished in time; the one before it was.
     assert steps and steps[-1] in (2, 3, 4), steps
-    assert [line["step"] for line in logged(killed)] == list(range(KILLED_IN))
+    assert [line["step"] for line in logged(tmp_path)] == list(range(KILLED_IN))
     # A last line that was cut off, and one of a step that will be repeated, must do no harm.
-    with (killed / "metrics.jsonl").open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(f'{{"step": {KILLED_IN}, "loss": 0}}\n{{"step": {KILLED_IN + 1}, "lo')
-    found = train(run_config(case, tiny_world), killed)
-
+    found = train(run_config(case, tiny_world), tmp_path)
     assert found["loss"] == expected["loss"]
-    lines = logged(killed)
-    assert [line["step"] for line in lines] == list(range(STEPS))
-    assert lines == logged(undisturbed)
-    ours, theirs = saved(killed, STEPS), saved(undisturbed, STEPS)
-    for item, leaves in theirs.items():
-        assert leaves.keys() == ours[item].keys()
-        for name, leaf in leaves.items():
-            np.testing.assert_array_equal(ours[item][name], leaf, err_msg=f"{item} {name}")
-    start = dict(groups.flatten(load_run(undisturbed, steps[0]).params))
-    assert any(not np.array_equal(start[name], leaf) for name, leaf in ours["params"].items())
+    same_end(tmp_path, calm)
+    start, end = (dict(groups.flatten(load_run(calm, step).params)) for step in (steps[0], STEPS))
+    assert any(not np.array_equal(start[name], leaf) for name, leaf in end.items())
+
+
+@pytest.mark.slow
+def test_told_to_stop(undisturbed: Undisturbed, tiny_world: TinyWorld, tmp_path: pathlib.Path) -> None:
+    """SIGTERM: the step under way is finished and saved, between two regular checkpoints; the run exits."""
+    case, told_in = "packed, by a worker", 3
+    config = run_config(case, tiny_world)
+    with config.unlocked():
+        config.checkpoint.every = 1000
+        config.data.num_workers = 0
+    compile_step, calls = loop.compile_step, []
+
+    def compile_and_tell(*arguments: Any) -> Any:
+        train_step = compile_step(*arguments)
+
+        def step_or_tell(*state: Any) -> Any:
+            if len(calls) == told_in:
+                os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(None)
+            return train_step(*state)
+
+        return step_or_tell
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(loop, "compile_step", compile_and_tell)
+        train(config, tmp_path)
+    assert [int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()] == [told_in + 1]
+    train(config, tmp_path)
+    same_end(tmp_path, undisturbed(case)[0])
 
 
 @pytest.mark.slow

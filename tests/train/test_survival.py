@@ -1,6 +1,6 @@
 """What a run survives: damaged checkpoints, failed saves, full disks, steps that are not finite, kills.
 
-Data workers that die are in tests/data/test_loader.py, notices of preemption in test_preemption.py.
+Data workers that die are in tests/data/test_loader.py, notices of preemption in test_resume.py.
 """
 
 import contextlib
@@ -182,7 +182,9 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
     assert again.latest_step() == 3 and faults.steps(tmp_path) == [2, 3]
     save(again, 4)
     again.close()
-    assert faults.steps(tmp_path) == [3, 4] and not list((tmp_path / CHECKPOINTS / checkpoint.DELETED).iterdir())
+    assert faults.steps(tmp_path) == [3, 4] and not list(
+        (tmp_path / CHECKPOINTS / checkpoint.DELETED).iterdir()
+    )
 
 
 @contextlib.contextmanager
@@ -286,7 +288,7 @@ def test_goodput_outlasts_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.Log
         assert line.startswith(f"{file} can't be written (File too large): make room there; it stays as it")
         caplog.clear()
         run.write(4, seconds)
-        assert json.loads(file.read_text())["step"] == 4 and list(run.seconds.values())[0] == 1.0
+        assert json.loads(file.read_text())["step"] == 4 and run.seconds["init"] == 1.0
         before = file.read_bytes()
     assert list(json.loads(file.read_text())["saved"]) == ["2"]
 

@@ -13,17 +13,8 @@ import pytest
 from sg4v_jax.caption.corpus.inputs import Corpus, list_images, open_corpus
 from sg4v_jax.data.build import build
 from sg4v_jax.data.json_stream import RecordError
-from tests.caption.corpus.fake import write_images
 
 COUNT = 12
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Images named a/0000.png to c/0011.png; 5 is cut off."""
-    root = tmp_path_factory.mktemp("images")
-    write_images(root, COUNT)
-    return root
 
 
 def names(corpus: Corpus) -> list[str]:

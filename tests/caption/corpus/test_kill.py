@@ -12,18 +12,11 @@ import pytest
 
 from sg4v_jax.caption.corpus.guards import Guards
 from tests.caption.corpus import fake
-from tests.caption.corpus.fake import caption, write_images
+from tests.caption.corpus.fake import caption
 from tests.caption.corpus.test_run import files
 
 COUNT, KILLS = 900, 20
 SECONDS = 0.004  # for a step of the fake, which is six words of each of four slots
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("images")
-    write_images(root, COUNT)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,6 @@ COUNT = 61
 DOCS = pathlib.Path(__file__).parents[3] / "docs"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("images")
-    write_images(root, COUNT)
-    return root
-
-
 def files(output: pathlib.Path) -> dict[str, bytes]:
     """All that a finished job leaves, by path."""
     return {
