@@ -131,7 +131,7 @@ def test_vision(heads, length):
     def plain(*x):
         return reference.attention(*x, causal=False, segment_ids=None)
 
-    kernel = jax.jit(lambda *x: vit.attention(*x, vit.Settings(4, 2, 64, machine())))
+    kernel = jax.jit(lambda *x: vit.attention(*x, vit.Settings(4, 2, 64, 128, machine())))
     check(kernel, plain, operands, np.ones((1, length, length), bool))
 
 

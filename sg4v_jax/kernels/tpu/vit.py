@@ -23,7 +23,8 @@ matrix products with a softmax between them (five products with what lies betwee
 * The backward pass keeps scores transposed, [keys, queries], as the decoder's does.
 
 Head dimensions that do not divide 128 (72, 80) are cut out by lane and put back: there the shifts hide
-behind products that fill more of the matrix unit.
+behind products that fill more of the matrix unit. A program then takes as many heads as fill whole lanes
+(16 of 72); where that is too much for the memory (v4), heads are padded to 128 lanes outside.
 """
 
 import dataclasses
@@ -48,13 +49,21 @@ class Settings:
       heads: heads per program, at most, of the forward pass.
       heads_backward: the same of the backward pass.
       rows: queries per tile of the forward pass, a multiple of 16.
+      rows_backward: the same of the backward pass, a multiple of 128.
       machine: what the hardware can do.
+      head_dim: of the model, where heads come padded; else None.
     """
 
     heads: int
     heads_backward: int
     rows: int
+    rows_backward: int
     machine: Machine
+    head_dim: int | None = None
+
+    def scale(self, layout: "Layout") -> float:
+        """What scores are multiplied by."""
+        return (self.head_dim or layout.head_dim) ** -0.5
 
 
 class Tile(NamedTuple):
@@ -143,8 +152,27 @@ def attention(
       The attended values, in the dtype of `query`.
     """
     batch, length, heads, head_dim = query.shape
-    flat = (x.reshape(batch, length, heads * head_dim) for x in (query, key, value))
-    return _attention(settings, heads, *flat).reshape(query.shape)
+    operands = (query, key, value)
+    if not fits(settings, query.shape, query.dtype.itemsize):
+        padding = -head_dim % LANES
+        operands = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for x in operands)
+        settings = dataclasses.replace(settings, head_dim=head_dim)
+    flat = (x.reshape(batch, length, -1) for x in operands)
+    return _attention(settings, heads, *flat).reshape(operands[0].shape)[..., :head_dim]
+
+
+def fits(settings: Settings, shape: tuple[int, ...], itemsize: int) -> bool:
+    """Whether programs on heads [batch, length, heads, head_dim] as they lie fit into memory.
+
+    The backward pass has eight operands and results, twice as the next ones are fetched meanwhile, three
+    float32 sums per head, and four squares of float32 for the two tiles in flight.
+    """
+    _, length, heads, head_dim = shape
+    layout = Layout.of(
+        jax.ShapeDtypeStruct((1, length, heads * head_dim), jnp.float32), heads, settings.heads_backward
+    )
+    squares = 16 * min(settings.rows_backward, length) * length
+    return 16 * length * layout.width * itemsize + 12 * length * LANES + squares <= settings.machine.vmem
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -179,7 +207,7 @@ def _call(
 
 def _forward(settings: Settings, heads: int, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
     layout = Layout.of(query, heads, settings.heads)
-    kernel = functools.partial(_vit_forward, settings.rows)
+    kernel = functools.partial(_vit_forward, settings)
     kernel.__name__ = "vit_forward"  # type: ignore[attr-defined]
     out, lse = _call(settings, layout, query, kernel, [query, key, value], "xr")
     return out, (query, key, value, out, lse)
@@ -189,16 +217,28 @@ def _backward(settings: Settings, heads: int, residuals: Any, d_out: Array) -> t
     query, key, value, out, lse = residuals
     layout = Layout.of(query, heads, settings.heads_backward)
     lse = lse.reshape(lse.shape[0], -1, layout.heads, layout.length)
+    kernel = functools.partial(_vit_backward, settings)
+    kernel.__name__ = "vit_backward"  # type: ignore[attr-defined]
     operands = [query, key, value, out, d_out, lse]
-    return tuple(_call(settings, layout, query, _vit_backward, operands, "xxx"))
+    return tuple(_call(settings, layout, query, kernel, operands, "xxx"))
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _vit_forward(rows: int, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
+def _tiles(layout: Layout, rows: int) -> list[Tile]:
+    """All heads' tiles; those of heads that share lanes follow each other."""
+    return [
+        Tile(head, row, min(rows, layout.length - row))
+        for first in range(0, layout.heads, layout.sharing)
+        for row in range(0, layout.length, rows)
+        for head in range(first, first + layout.sharing)
+    ]
+
+
+def _vit_forward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
     query, key, value, out, lse = refs
-    scale = layout.head_dim**-0.5 * LOG2_E
+    scale = settings.scale(layout) * LOG2_E
     waiting: list[tuple[Array, Array]] = []
 
     def scores(tile: Tile) -> Array:
@@ -225,13 +265,7 @@ def _vit_forward(rows: int, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
             _store(layout, tile, waiting, out, lse)
             waiting.clear()
 
-    tiles = [
-        Tile(head, row, min(rows, layout.length - row))
-        for first in range(0, layout.heads, layout.sharing)
-        for row in range(0, layout.length, rows)
-        for head in range(first, first + layout.sharing)
-    ]
-    in_pipeline(tiles, scores, finish)
+    in_pipeline(_tiles(layout, settings.rows), scores, finish)
 
 
 def _sum(weights: Array) -> Array:
@@ -258,33 +292,43 @@ def _store(layout: Layout, tile: Tile, results: list[tuple[Array, Array]], out: 
         lse[first + head : first + head + 1, rows] = as_row(top + logs[head])
 
 
-def _vit_backward(layout: Layout, exp_dtype: Any, *refs: Any) -> None:
+def _vit_backward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
     query, key, value, out, d_out, lse, *gradients = refs
-    scale = layout.head_dim**-0.5
-    waiting: list[tuple[Array, Array, Array]] = []
+    scale = settings.scale(layout)
+    # Of the heads that share lanes: a tile's gradients of queries, and the sums of the others'.
+    of_queries: list[Array] = []
+    of_keys: list[list[Array]] = []
 
-    def products(head: int) -> tuple[Array, Array]:
-        lanes = layout.lanes(head)
-        scores = dot(layout.only(key[:, lanes], head, 0), query[:, lanes], (1, 1))
-        return scores, dot(layout.only(value[:, lanes], head, 0), d_out[:, lanes], (1, 1))
+    def products(tile: Tile) -> tuple[Array, Array]:
+        lanes, rows = layout.lanes(tile.head), slice(tile.row, tile.row + tile.rows)
+        scores = dot(layout.only(key[:, lanes], tile.head, 0), query[rows, lanes], (1, 1))
+        return scores, dot(layout.only(value[:, lanes], tile.head, 0), d_out[rows, lanes], (1, 1))
 
-    def finish(head: int, begun: tuple[Array, Array]) -> None:
+    def finish(tile: Tile, begun: tuple[Array, Array]) -> None:
         scores, d_weights = begun
-        lanes = layout.lanes(head)
-        weights = exp2(scores * (scale * LOG2_E) - lse[head : head + 1], exp_dtype)
-        product = out[:, lanes].astype(jnp.float32) * d_out[:, lanes].astype(jnp.float32)
+        head, lanes, rows = tile.head, layout.lanes(tile.head), slice(tile.row, tile.row + tile.rows)
+        weights = exp2(scores * (scale * LOG2_E) - lse[head : head + 1, rows], exp_dtype)
+        product = out[rows, lanes].astype(jnp.float32) * d_out[rows, lanes].astype(jnp.float32)
         delta = as_row(layout.only(product, head, 0).sum(1, keepdims=True))
         d_scores = (weights.astype(jnp.float32) * (d_weights - delta)).astype(query.dtype)
-        waiting.append(
-            (
-                dot(d_scores, key[:, lanes], (0, 0)) * scale,
-                dot(d_scores, query[:, lanes], (1, 0)) * scale,
-                dot(weights.astype(query.dtype), d_out[:, lanes], (1, 0)),
-            )
-        )
-        if len(waiting) == layout.sharing:
-            for gradient, parts in zip(gradients, zip(*waiting, strict=True), strict=True):
-                gradient[:, lanes] = layout.merge(list(parts)).astype(gradient.dtype)
-            waiting.clear()
+        of_queries.append(dot(d_scores, key[:, lanes], (0, 0)) * scale)
+        found = [
+            dot(d_scores, query[rows, lanes], (1, 0)),
+            dot(weights.astype(query.dtype), d_out[rows, lanes], (1, 0)),
+        ]
+        place = head % layout.sharing
+        if tile.row == 0:
+            of_keys.append(found)
+        else:
+            of_keys[place] = [a + b for a, b in zip(of_keys[place], found, strict=True)]
+        if place < layout.sharing - 1:
+            return
+        gradients[0][rows, lanes] = layout.merge(of_queries).astype(query.dtype)
+        of_queries.clear()
+        if tile.row + tile.rows == layout.length:
+            d_key, d_value = (layout.merge(list(parts)) for parts in zip(*of_keys, strict=True))
+            gradients[1][:, lanes] = (d_key * scale).astype(key.dtype)
+            gradients[2][:, lanes] = d_value.astype(value.dtype)
+            of_keys.clear()
 
-    in_pipeline(range(layout.heads), products, finish)
+    in_pipeline(_tiles(layout, settings.rows_backward), products, finish)
