@@ -304,7 +304,10 @@ def tune(generations: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
                     print(f"# {cut}: {str(error).splitlines()[0][:120]}")
                     continue
                 found[cut] = round(report.microseconds, 1)
-                print(f"# {case.name} {generation} {'backward' if back else 'forward'} {cut}: {found[cut]}", flush=True)
+                print(
+                    f"# {case.name} {generation} {'backward' if back else 'forward'} {cut}: {found[cut]}",
+                    flush=True,
+                )
             best = min(found, key=lambda cut: found[cut])
             yield {
                 "case": case.name, "generation": generation, "backward": back, "us": found[best],

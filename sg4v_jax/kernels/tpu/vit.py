@@ -9,11 +9,12 @@ matrix products with a softmax between them (five products with what lies betwee
 * The operands are read as `[batch, length, heads * head_dim]`, which is how the projections' matrix
   products write them: no transposition, and no padding in memory of 577 tokens to 640 or of head_dim 64
   to 128 lanes.
-* With head_dim 64 two heads share 128 lanes. Moving one of them aside costs as much as a product, so
-  nothing moves: zeroing the other head's lanes of the *keys* gives this head's scores from both heads'
-  queries, and results are selected by lane at the end. The matrix unit contracts 128 lanes at the price
-  of 64, so this is free.
-* Lanes of the values that belong to the other head are set to one: the sums of the softmax come out of
+* With head_dim 64 two heads share 128 lanes, and one of 72 or 80 may lie in two registers. Moving heads
+  aside costs as much as a product, so nothing moves: zeroing the other heads' lanes of the *keys* gives this
+  head's scores from all of their queries, and results are selected by lane at the end. The matrix unit
+  contracts 128 lanes at the price of 64, so this is free, but for heads that lie in two registers where
+  the unit is 128 wide.
+* Lanes of the values that belong to the other heads are set to one: the sums of the softmax come out of
   the product there.
 * A 64-wide contraction (scores) and a 64-wide result (values) use half of the matrix unit, whatever one
   does: the products of a head stream ceil(577 / 16) * 16 rows through 5 (v5e) or 3 (v6e) column blocks
@@ -22,9 +23,8 @@ matrix products with a softmax between them (five products with what lies betwee
   behind another's products.
 * The backward pass keeps scores transposed, [keys, queries], as the decoder's does.
 
-Head dimensions that do not divide 128 (72, 80) are cut out by lane and put back: there the shifts hide
-behind products that fill more of the matrix unit. A program then takes as many heads as fill whole lanes
-(16 of 72); where that is too much for the memory (v4), heads are padded to 128 lanes outside.
+A program takes as many heads as fill whole registers (16 of 72); where that is too much for the memory
+(v4), heads are padded to 128 lanes outside.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sg4v_jax.kernels.tpu.machine import Machine
-from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, as_row, dot, exp2, in_pipeline
+from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, as_row, dot, exp2, in_pipeline, lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,36 +97,30 @@ class Layout:
         return cls(max((n for n in fits if n <= limit), default=fits[0]), head_dim, query.shape[1])
 
     @property
-    def sharing(self) -> int:
-        """Heads that share 128 lanes and stay there; 1 if each is cut out."""
-        return LANES // self.head_dim if LANES % self.head_dim == 0 and self.width % LANES == 0 else 1
-
-    @property
     def width(self) -> int:
         """Lanes of a program."""
         return self.heads * self.head_dim
 
-    def lanes(self, head: int) -> slice:
-        """The lanes to read for a head: its own, or those of all heads it shares with."""
-        size = self.sharing * self.head_dim
-        start = head // self.sharing * size
-        return slice(start, start + size)
+    def window(self, head: int) -> slice:
+        """The whole registers' lanes that hold a head."""
+        start, stop = head * self.head_dim, (head + 1) * self.head_dim
+        return slice(start // LANES * LANES, min(-(-stop // LANES) * LANES, self.width))
 
     def only(self, x: Array, head: int, fill: int) -> Array:
-        """Fills the lanes of other heads."""
-        if self.sharing == 1:
+        """Fills the lanes of a head's window that belong to others."""
+        if x.shape[1] == self.head_dim:
             return x
-        return jnp.where(self._owner(x) == head % self.sharing, x, jnp.asarray(fill, x.dtype))
+        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + self.window(head).start
+        own = (lane >= head * self.head_dim) & (lane < (head + 1) * self.head_dim)
+        return jnp.where(own, x, jnp.asarray(fill, x.dtype))
 
-    def merge(self, parts: list[Array], shift: int = 0) -> Array:
-        """From each head's result the lanes of the head `shift` places further on."""
-        merged = parts[0]
-        for head, part in enumerate(parts[1:], 1):
-            merged = jnp.where(self._owner(part) == (head + shift) % self.sharing, part, merged)
-        return merged
-
-    def _owner(self, x: Array) -> Array:
-        return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // self.head_dim
+    def foreign(self, head: int) -> int:
+        """The place of a lane of a head's window that is not its own; -1 if all are."""
+        window = self.window(head)
+        if window.start < head * self.head_dim:
+            return 0
+        size = window.stop - window.start
+        return size - 1 if size > self.head_dim else -1
 
     def specs(self) -> tuple[pl.BlockSpec, pl.BlockSpec]:
         """Blocks of [batch, length, heads * head_dim] and of [batch, programs, heads, length]."""
@@ -227,43 +221,59 @@ _attention.defvjp(_forward, _backward)
 
 
 def _tiles(layout: Layout, rows: int) -> list[Tile]:
-    """All heads' tiles; those of heads that share lanes follow each other."""
+    """All heads' tiles."""
     return [
         Tile(head, row, min(rows, layout.length - row))
-        for first in range(0, layout.heads, layout.sharing)
+        for head in range(layout.heads)
         for row in range(0, layout.length, rows)
-        for head in range(first, first + layout.sharing)
     ]
+
+
+class _Registers:
+    """Puts heads' results, that come in order, into the lanes of `ref` that they share."""
+
+    def __init__(self, layout: Layout, ref: Any):
+        self.layout, self.ref = layout, ref
+        self.begun: dict[tuple[int, int], Array] = {}
+
+    def put(self, tile: Tile, x: Float[Array, "rows window"]) -> None:
+        """Takes a tile's result, all lanes of the head's window; others' are ignored."""
+        window, d = self.layout.window(tile.head), self.layout.head_dim
+        for start in range(window.start, window.stop, LANES):
+            stop = min(start + LANES, window.stop)
+            part = x[:, start - window.start : stop - window.start]
+            before = self.begun.pop((tile.row, start), None)
+            if before is not None:
+                lane = jax.lax.broadcasted_iota(jnp.int32, part.shape, 1) + start
+                part = jnp.where(lane < tile.head * d, before, part)
+            if (tile.head + 1) * d < stop:
+                self.begun[tile.row, start] = part
+            else:
+                self.ref[tile.row : tile.row + tile.rows, start:stop] = part.astype(self.ref.dtype)
 
 
 def _vit_forward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
     query, key, value, out, lse = refs
     scale = settings.scale(layout) * LOG2_E
-    waiting: list[tuple[Array, Array]] = []
+    results = _Registers(layout, out)
 
     def scores(tile: Tile) -> Array:
-        lanes = layout.lanes(tile.head)
-        return dot(
-            query[tile.row : tile.row + tile.rows, lanes], layout.only(key[:, lanes], tile.head, 0), (1, 1)
-        )
+        window, rows = layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
+        return dot(query[rows, window], layout.only(key[:, window], tile.head, 0), (1, 1))
 
     def finish(tile: Tile, scores: Array) -> None:
-        lanes = layout.lanes(tile.head)
-        top = scores.max(1, keepdims=True) * scale
-        weights = exp2(scores * scale - top, exp_dtype)
-        values = layout.only(value[:, lanes], tile.head, 1)
-        if layout.sharing == 1 and layout.head_dim < LANES:
-            ones = jnp.ones((layout.length, LANES - layout.head_dim), values.dtype)
-            values = jnp.concatenate([values, ones], axis=1)
+        # Widened once, and used as it is to the end: making whole registers of a column takes long.
+        top = jnp.broadcast_to(scores.max(1, keepdims=True) * scale, (tile.rows, LANES))
+        weights = exp2(scores * scale - lanes(top, layout.length), exp_dtype)
+        values = layout.only(value[:, layout.window(tile.head)], tile.head, 1)
         attended = dot(weights.astype(values.dtype), values, (1, 0))
-        if layout.head_dim >= LANES:
-            attended = jnp.concatenate(
-                [attended, jnp.broadcast_to(_sum(weights), (tile.rows, LANES))], axis=1
-            )
-        waiting.append((attended, top))
-        if len(waiting) == layout.sharing:
-            _store(layout, tile, waiting, out, lse)
-            waiting.clear()
+        # The values' foreign lanes are one, so the sums of the weights are in these lanes of the product.
+        place = layout.foreign(tile.head)
+        total = attended[:, place : place + 1] if place >= 0 else _sum(weights)
+        # A division takes ten vector instructions; the logarithm is needed anyway.
+        log_total = jnp.log2(jnp.broadcast_to(total, top.shape))
+        results.put(tile, attended * lanes(jnp.exp2(-log_total), attended.shape[1]))
+        lse[tile.head : tile.head + 1, tile.row : tile.row + tile.rows] = as_row(top + log_total)
 
     in_pipeline(_tiles(layout, settings.rows), scores, finish)
 
@@ -272,63 +282,34 @@ def _sum(weights: Array) -> Array:
     return weights.astype(jnp.float32).sum(1, keepdims=True)
 
 
-def _store(layout: Layout, tile: Tile, results: list[tuple[Array, Array]], out: Any, lse: Any) -> None:
-    """Divides by the sums and writes the heads that share lanes; `tile` is of the last of them."""
-    d, first = layout.head_dim, tile.head - layout.sharing + 1
-    rows = slice(tile.row, tile.row + tile.rows)
-    attended = [x for x, _ in results]
-    if layout.sharing == 1:
-        log_total = jnp.log2(attended[0][:, d : d + 1])
-        logs = [log_total]
-        values = attended[0][:, :d]
-    else:
-        # A head's sums lie in its neighbour's lanes.
-        log_total = jnp.log2(pltpu.roll(layout.merge(attended, shift=1), LANES - d, 1))
-        logs = [log_total[:, head * d : head * d + 1] for head in range(layout.sharing)]
-        values = layout.merge(attended)
-    # A division takes ten vector instructions; the logarithm is needed anyway.
-    out[rows, layout.lanes(tile.head)] = (values * jnp.exp2(-log_total)).astype(out.dtype)
-    for head, (_, top) in enumerate(results):
-        lse[first + head : first + head + 1, rows] = as_row(top + logs[head])
-
-
 def _vit_backward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
     query, key, value, out, d_out, lse, *gradients = refs
     scale = settings.scale(layout)
-    # Of the heads that share lanes: a tile's gradients of queries, and the sums of the others'.
-    of_queries: list[Array] = []
-    of_keys: list[list[Array]] = []
+    d_query, d_key, d_value = (_Registers(layout, ref) for ref in gradients)
+    # Of the tiles of one head.
+    sums: list[Array] = []
 
     def products(tile: Tile) -> tuple[Array, Array]:
-        lanes, rows = layout.lanes(tile.head), slice(tile.row, tile.row + tile.rows)
-        scores = dot(layout.only(key[:, lanes], tile.head, 0), query[rows, lanes], (1, 1))
-        return scores, dot(layout.only(value[:, lanes], tile.head, 0), d_out[rows, lanes], (1, 1))
+        window, rows = layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
+        scores = dot(layout.only(key[:, window], tile.head, 0), query[rows, window], (1, 1))
+        return scores, dot(layout.only(value[:, window], tile.head, 0), d_out[rows, window], (1, 1))
 
     def finish(tile: Tile, begun: tuple[Array, Array]) -> None:
         scores, d_weights = begun
-        head, lanes, rows = tile.head, layout.lanes(tile.head), slice(tile.row, tile.row + tile.rows)
+        head, window, rows = tile.head, layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
         weights = exp2(scores * (scale * LOG2_E) - lse[head : head + 1, rows], exp_dtype)
-        product = out[rows, lanes].astype(jnp.float32) * d_out[rows, lanes].astype(jnp.float32)
+        product = out[rows, window].astype(jnp.float32) * d_out[rows, window].astype(jnp.float32)
         delta = as_row(layout.only(product, head, 0).sum(1, keepdims=True))
         d_scores = (weights.astype(jnp.float32) * (d_weights - delta)).astype(query.dtype)
-        of_queries.append(dot(d_scores, key[:, lanes], (0, 0)) * scale)
+        d_query.put(tile, dot(d_scores, key[:, window], (0, 0)) * scale)
         found = [
-            dot(d_scores, query[rows, lanes], (1, 0)),
-            dot(weights.astype(query.dtype), d_out[rows, lanes], (1, 0)),
+            dot(d_scores, query[rows, window], (1, 0)),
+            dot(weights.astype(query.dtype), d_out[rows, window], (1, 0)),
         ]
-        place = head % layout.sharing
-        if tile.row == 0:
-            of_keys.append(found)
-        else:
-            of_keys[place] = [a + b for a, b in zip(of_keys[place], found, strict=True)]
-        if place < layout.sharing - 1:
-            return
-        gradients[0][rows, lanes] = layout.merge(of_queries).astype(query.dtype)
-        of_queries.clear()
+        sums[:] = [a + b for a, b in zip(sums, found, strict=True)] if tile.row else found
         if tile.row + tile.rows == layout.length:
-            d_key, d_value = (layout.merge(list(parts)) for parts in zip(*of_keys, strict=True))
-            gradients[1][:, lanes] = (d_key * scale).astype(key.dtype)
-            gradients[2][:, lanes] = d_value.astype(value.dtype)
-            of_keys.clear()
+            whole = Tile(head, 0, layout.length)
+            d_key.put(whole, sums[0] * scale)
+            d_value.put(whole, sums[1])
 
     in_pipeline(_tiles(layout, settings.rows_backward), products, finish)
