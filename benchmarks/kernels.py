@@ -186,7 +186,7 @@ def peers(case: Case, back: bool) -> Iterator[tuple[str, Callable[..., Any], tup
         return
     causal = case.kind == "llama"
     length = case.length + (0 if causal else -case.length % 128)
-    rows = bf16(case.batch, case.heads, length, case.head_dim)
+    rows = bf16(case.batch, case.heads, case.length, case.head_dim)
     block = 1024 if causal else length
     # Backward, jax.flash is best with whole rows only if they are short, and wants divisors.
     short = max(n for n in range(128, 641, 128) if length % n == 0)
@@ -227,16 +227,24 @@ def peers(case: Case, back: bool) -> Iterator[tuple[str, Callable[..., Any], tup
         ids = splash.SegmentIds(s[0], s[0]) if s else None
         return jax.vmap(kernel, in_axes=(0, 0, 0, 0 if s else None))(q * case.head_dim**-0.5, k, v, ids)
 
+    def whole(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, *s: jax.Array) -> Any:
+        """Pads rows to what the kernels take, and hides the padding behind segments."""
+        padding = length - case.length
+        if not padding:
+            return run(q, k, v, *s)
+        ids = jnp.broadcast_to(jnp.arange(length) >= case.length, (case.batch, length)).astype(jnp.int32)
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
+        return run(q, k, v, ids)[:, :, : case.length]
+
     segments = (jax.ShapeDtypeStruct((case.batch, length), jnp.int32),) if case.packed else ()
     for name, run in (("jax.flash", run_flash), ("jax.splash", run_splash)):
-        if back:
 
-            def step(q: Any, k: Any, v: Any, do: Any, *s: Any, run: Any = run) -> Any:
-                return jax.vjp(lambda q, k, v: run(q, k, v, *s), q, k, v)[1](do)
+        def step(q: Any, k: Any, v: Any, *rest: Any, run: Any = run) -> Any:
+            s = rest[1:] if back else rest
+            found, pull = jax.vjp(lambda q, k, v: whole(run, q, k, v, *s), q, k, v)
+            return pull(rest[0]) if back else found
 
-            yield name, step, (rows, rows, rows, rows, *segments)
-        else:
-            yield name, run, (rows, rows, rows, *segments)
+        yield name, step, (*(rows,) * (4 if back else 3), *segments)
     if not causal:
         flat = bf16(case.batch, case.length, case.heads, case.head_dim)
 

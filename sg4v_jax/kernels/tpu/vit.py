@@ -220,42 +220,40 @@ def _backward(settings: Settings, heads: int, residuals: Any, d_out: Array) -> t
 _attention.defvjp(_forward, _backward)
 
 
-def _tiles(layout: Layout, rows: int) -> list[Tile]:
-    """All heads' tiles."""
-    return [
-        Tile(head, row, min(rows, layout.length - row))
-        for head in range(layout.heads)
-        for row in range(0, layout.length, rows)
-    ]
+def _run(layout: Layout, limit: int, rows: int, begin: Any, finish: Any) -> None:
+    """Works on all heads' tiles, at most `limit` heads in one stretch of straight-line code.
+
+    The compiler's time grows faster than the code; where more heads than that must be in a program, each
+    stretch is in a branch of its own, which is always taken.
+    """
+    for first in range(0, layout.heads, limit):
+        tiles = [
+            Tile(head, row, min(rows, layout.length - row))
+            for head in range(first, min(first + limit, layout.heads))
+            for row in range(0, layout.length, rows)
+        ]
+        if layout.heads <= limit:
+            in_pipeline(tiles, begin, finish)
+        else:
+            pl.when(pl.program_id(0) >= 0)(functools.partial(in_pipeline, tiles, begin, finish))
 
 
-class _Registers:
-    """Puts heads' results, that come in order, into the lanes of `ref` that they share."""
-
-    def __init__(self, layout: Layout, ref: Any):
-        self.layout, self.ref = layout, ref
-        self.begun: dict[tuple[int, int], Array] = {}
-
-    def put(self, tile: Tile, x: Float[Array, "rows window"]) -> None:
-        """Takes a tile's result, all lanes of the head's window; others' are ignored."""
-        window, d = self.layout.window(tile.head), self.layout.head_dim
-        for start in range(window.start, window.stop, LANES):
-            stop = min(start + LANES, window.stop)
-            part = x[:, start - window.start : stop - window.start]
-            before = self.begun.pop((tile.row, start), None)
-            if before is not None:
-                lane = jax.lax.broadcasted_iota(jnp.int32, part.shape, 1) + start
-                part = jnp.where(lane < tile.head * d, before, part)
-            if (tile.head + 1) * d < stop:
-                self.begun[tile.row, start] = part
-            else:
-                self.ref[tile.row : tile.row + tile.rows, start:stop] = part.astype(self.ref.dtype)
+def _put(layout: Layout, ref: Any, tile: Tile, x: Float[Array, "rows window"]) -> None:
+    """Writes a tile's result, all lanes of the head's window, over what comes after the heads before it."""
+    window, rows = layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
+    own = tile.head * layout.head_dim
+    for start in range(window.start, window.stop, LANES):
+        stop = min(start + LANES, window.stop)
+        part = x[:, start - window.start : stop - window.start].astype(ref.dtype)
+        if start < own:
+            lane = jax.lax.broadcasted_iota(jnp.int32, part.shape, 1) + start
+            part = jnp.where(lane < own, ref[rows, start:stop], part)
+        ref[rows, start:stop] = part
 
 
 def _vit_forward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
     query, key, value, out, lse = refs
     scale = settings.scale(layout) * LOG2_E
-    results = _Registers(layout, out)
 
     def scores(tile: Tile) -> Array:
         window, rows = layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
@@ -272,10 +270,10 @@ def _vit_forward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any)
         total = attended[:, place : place + 1] if place >= 0 else _sum(weights)
         # A division takes ten vector instructions; the logarithm is needed anyway.
         log_total = jnp.log2(jnp.broadcast_to(total, top.shape))
-        results.put(tile, attended * lanes(jnp.exp2(-log_total), attended.shape[1]))
+        _put(layout, out, tile, attended * lanes(jnp.exp2(-log_total), attended.shape[1]))
         lse[tile.head : tile.head + 1, tile.row : tile.row + tile.rows] = as_row(top + log_total)
 
-    in_pipeline(_tiles(layout, settings.rows), scores, finish)
+    _run(layout, settings.heads, settings.rows, scores, finish)
 
 
 def _sum(weights: Array) -> Array:
@@ -285,7 +283,7 @@ def _sum(weights: Array) -> Array:
 def _vit_backward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
     query, key, value, out, d_out, lse, *gradients = refs
     scale = settings.scale(layout)
-    d_query, d_key, d_value = (_Registers(layout, ref) for ref in gradients)
+    d_query, d_key, d_value = gradients
     # Of the tiles of one head.
     sums: list[Array] = []
 
@@ -301,7 +299,7 @@ def _vit_backward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any
         product = out[rows, window].astype(jnp.float32) * d_out[rows, window].astype(jnp.float32)
         delta = as_row(layout.only(product, head, 0).sum(1, keepdims=True))
         d_scores = (weights.astype(jnp.float32) * (d_weights - delta)).astype(query.dtype)
-        d_query.put(tile, dot(d_scores, key[:, window], (0, 0)) * scale)
+        _put(layout, d_query, tile, dot(d_scores, key[:, window], (0, 0)) * scale)
         found = [
             dot(d_scores, query[rows, window], (1, 0)),
             dot(weights.astype(query.dtype), d_out[rows, window], (1, 0)),
@@ -309,7 +307,7 @@ def _vit_backward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any
         sums[:] = [a + b for a, b in zip(sums, found, strict=True)] if tile.row else found
         if tile.row + tile.rows == layout.length:
             whole = Tile(head, 0, layout.length)
-            d_key.put(whole, sums[0] * scale)
-            d_value.put(whole, sums[1])
+            _put(layout, d_key, whole, sums[0] * scale)
+            _put(layout, d_value, whole, sums[1])
 
-    in_pipeline(_tiles(layout, settings.rows_backward), products, finish)
+    _run(layout, settings.heads_backward, settings.rows_backward, products, finish)
