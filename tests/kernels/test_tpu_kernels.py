@@ -141,8 +141,9 @@ def test_flash_in_chunks_of_keys_and_two_programs_per_key_head():
     ("length", "heads"),
     [(150, (2, 64)), (130, (4, 32)), (40, (1, 128)), (7, (3, 8)), (50, (16, 72)), (130, (8, 80))],
 )
-def test_vision(length, heads):
-    """Heads that share registers, fill one, lie in two; rows in one tile and in several."""
+def test_vision(length, heads, monkeypatch):
+    """Heads that share registers, fill one, lie in two or are moved; rows in one tile and in several."""
+    monkeypatch.setattr(vit, "MOVES_FROM", 100 if heads == (8, 80) else 384)
 
     def plain(*x):
         return reference.attention(*x, causal=False, segment_ids=None)
@@ -156,7 +157,7 @@ def test_vision(length, heads):
 
 def test_vision_where_heads_must_be_padded():
     """A memory too small for the sixteen heads of 72 that fill whole registers."""
-    small = vit.Settings(4, 2, 64, 128, machine(vmem=2 << 20))
+    small = vit.Settings(4, 2, 64, 128, machine(vmem=4 << 20))
     assert not vit.fits(small, (1, 130, 16, 72), 4) and vit.fits(small, (1, 130, 16, 128), 4)
     operands = arrays(2, *[(1, 130, 16, 72)] * 3)
     found = vit.attention(*operands, small)

@@ -1,7 +1,7 @@
-"""Block sizes per generation of TPU.
+"""Block sizes per generation of TPU, by the cycles that `benchmarks/kernels.py tune` counts.
 
-Those of v5e and v6e are the best of sweeps by hand over cycle counts; v4 and v5p are by analogy, not swept.
-`benchmarks/kernels.py tune` counts the alternatives.
+Those of `decode` are what it chose on every generation. The others' are the best of sweeps by hand on v5e and
+v6e, and by analogy on v4 and v5p.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ CHOICES: dict[str, Choice] = {
         causal=(Blocks(512, 512, 256, 2), Blocks(512, 256, 256, 1)),
         packed=(Blocks(512, 256, 256, 2), Blocks(512, 256, 256, 1)),
         vit=(4, 2, 320, 640),
-        decode=4096,
-        decode_int8=8192,
+        decode=2048,
+        decode_int8=16384,
     ),
     "v5e": Choice(
         causal=(Blocks(512, 512, 256, 4), Blocks(1024, 512, 256, 2)),
         packed=(Blocks(512, 256, 256, 4), Blocks(512, 256, 256, 4)),
         vit=(8, 4, 640, 640),
-        decode=4096,
+        decode=2048,
         decode_int8=8192,
     ),
     "v5p": Choice(
@@ -48,7 +48,7 @@ CHOICES: dict[str, Choice] = {
         packed=(Blocks(512, 256, 256, 4), Blocks(512, 256, 256, 4)),
         vit=(8, 4, 640, 640),
         decode=4096,
-        decode_int8=8192,
+        decode_int8=16384,
     ),
     "v6e": Choice(
         causal=(Blocks(1024, 1024, 256, 2), Blocks(1024, 512, 256, 2)),

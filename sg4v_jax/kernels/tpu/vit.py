@@ -40,6 +40,9 @@ from jaxtyping import Array, Float
 from sg4v_jax.kernels.tpu.machine import Machine
 from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, as_row, dot, exp2, in_pipeline, lanes
 
+# Tokens from which on moving heads pays.
+MOVES_FROM = 384
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -60,6 +63,13 @@ class Settings:
     rows_backward: int
     machine: Machine
     head_dim: int | None = None
+
+    def layout(self, query: Array, heads: int, limit: int) -> "Layout":
+        """The heads of a program, at most `limit` if they fill whole registers."""
+        layout = Layout.of(query, heads, limit)
+        # Where the matrix unit is no wider than a register, a head in two doubles each product. Moving it
+        # into one takes shifts, which only many rows hide.
+        return dataclasses.replace(layout, moves=self.machine.mxu == LANES and layout.length > MOVES_FROM)
 
     def scale(self, layout: "Layout") -> float:
         """What scores are multiplied by."""
@@ -82,11 +92,13 @@ class Layout:
       heads: heads per program.
       head_dim: lanes per head.
       length: tokens.
+      moves: whether heads that lie in two registers are moved into one.
     """
 
     heads: int
     head_dim: int
     length: int
+    moves: bool = False
 
     @classmethod
     def of(cls, query: Array | jax.ShapeDtypeStruct, heads: int, limit: int) -> "Layout":
@@ -102,8 +114,10 @@ class Layout:
         return self.heads * self.head_dim
 
     def window(self, head: int) -> slice:
-        """The whole registers' lanes that hold a head."""
+        """The lanes to read for a head: those of the whole registers that hold it, or its own."""
         start, stop = head * self.head_dim, (head + 1) * self.head_dim
+        if self.moves and start // LANES < (stop - 1) // LANES:
+            return slice(start, stop)
         return slice(start // LANES * LANES, min(-(-stop // LANES) * LANES, self.width))
 
     def only(self, x: Array, head: int, fill: int) -> Array:
@@ -200,7 +214,7 @@ def _call(
 
 
 def _forward(settings: Settings, heads: int, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-    layout = Layout.of(query, heads, settings.heads)
+    layout = settings.layout(query, heads, settings.heads)
     kernel = functools.partial(_vit_forward, settings)
     kernel.__name__ = "vit_forward"  # type: ignore[attr-defined]
     out, lse = _call(settings, layout, query, kernel, [query, key, value], "xr")
@@ -209,7 +223,7 @@ def _forward(settings: Settings, heads: int, query: Array, key: Array, value: Ar
 
 def _backward(settings: Settings, heads: int, residuals: Any, d_out: Array) -> tuple[Array, Array, Array]:
     query, key, value, out, lse = residuals
-    layout = Layout.of(query, heads, settings.heads_backward)
+    layout = settings.layout(query, heads, settings.heads_backward)
     lse = lse.reshape(lse.shape[0], -1, layout.heads, layout.length)
     kernel = functools.partial(_vit_backward, settings)
     kernel.__name__ = "vit_backward"  # type: ignore[attr-defined]
@@ -242,6 +256,9 @@ def _put(layout: Layout, ref: Any, tile: Tile, x: Float[Array, "rows window"]) -
     """Writes a tile's result, all lanes of the head's window, over what comes after the heads before it."""
     window, rows = layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
     own = tile.head * layout.head_dim
+    if window.start == own and window.stop - own == layout.head_dim:
+        ref[rows, window] = x.astype(ref.dtype)
+        return
     for start in range(window.start, window.stop, LANES):
         stop = min(start + LANES, window.stop)
         part = x[:, start - window.start : stop - window.start].astype(ref.dtype)
@@ -264,10 +281,14 @@ def _vit_forward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any)
         top = jnp.broadcast_to(scores.max(1, keepdims=True) * scale, (tile.rows, LANES))
         weights = exp2(scores * scale - lanes(top, layout.length), exp_dtype)
         values = layout.only(value[:, layout.window(tile.head)], tile.head, 1)
+        place, width = layout.foreign(tile.head), values.shape[1]
+        if place < 0 and width < LANES:
+            ones = jnp.ones((layout.length, LANES - width), values.dtype)
+            values, place = jnp.concatenate([values, ones], axis=1), LANES - 1
         attended = dot(weights.astype(values.dtype), values, (1, 0))
         # The values' foreign lanes are one, so the sums of the weights are in these lanes of the product.
-        place = layout.foreign(tile.head)
         total = attended[:, place : place + 1] if place >= 0 else _sum(weights)
+        attended = attended[:, :width]
         # A division takes ten vector instructions; the logarithm is needed anyway.
         log_total = jnp.log2(jnp.broadcast_to(total, top.shape))
         _put(layout, out, tile, attended * lanes(jnp.exp2(-log_total), attended.shape[1]))
