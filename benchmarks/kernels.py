@@ -33,7 +33,7 @@ SAMPLES = (805, 771, 843, 760, 917)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape to measure: llama [1, 32 heads, length, 128], clip [8, 16 heads, 577, 64], decode."""
+    """A shape to measure: `kind` is that of the first word of the name, llama, vision or decode."""
 
     name: str
     length: int
@@ -41,6 +41,7 @@ class Case:
     head_dim: int
     batch: int = 1
     packed: bool = False
+    cache: str = "bfloat16"
 
     @property
     def kind(self) -> str:
@@ -50,6 +51,11 @@ class Case:
         """int32[1, 1, length]."""
         ends = np.cumsum(SAMPLES)
         return np.searchsorted(ends, np.arange(self.length), side="right")[None, None].astype(np.int32) + 1
+
+    def cache_bytes(self) -> int:
+        """Keys and values, and the float32 scales of int8 ones."""
+        width = 2 * self.head_dim if self.cache == "bfloat16" else self.head_dim + 4
+        return 2 * self.batch * self.heads * self.length * width
 
     def flops(self, backward: bool) -> float:
         """Of the model: causal pairs only, all of the row for packed ones as the reference table does."""
@@ -61,9 +67,13 @@ CASES = (
     Case("llama_2048", 2048, 32, 128),
     Case("llama_4096", 4096, 32, 128),
     Case("llama_4096_packed", 4096, 32, 128, packed=True),
-    Case("clip_577", 577, 16, 64, batch=8),
-    Case("siglip_729", 729, 16, 72, batch=8),
+    Case("vision_577x64", 577, 16, 64, batch=8),  # CLIP ViT-L/14-336
+    *(
+        Case(f"vision_{length}x{head_dim}", length, 16, head_dim, batch=8)
+        for length, head_dim in itertools.product((256, 729, 1025), (64, 72, 80))
+    ),
     Case("decode_32x2048", 2048, 32, 128, batch=32),
+    Case("decode_32x2048_int8", 2048, 32, 128, batch=32, cache="int8"),
 )
 
 
@@ -110,10 +120,14 @@ def flash(case: Case, generation: str, cut: flash_plan.Blocks, back: bool) -> Re
     )
 
 
-def tower(case: Case, generation: str, cut: tuple[int, int, int], back: bool) -> Report:
+def tower(case: Case, generation: str, cut: tuple[int, int, int, int], back: bool) -> Report:
     """One direction of the vision tower's kernel."""
     settings = vit.Settings(*cut, machine(generation))
-    x = bf16(case.batch, case.length, case.heads * case.head_dim)
+    width = case.head_dim
+    if not vit.fits(settings, (case.batch, case.length, case.heads, width), 2):
+        settings = dataclasses.replace(settings, head_dim=width)
+        width += -width % 128
+    x = bf16(case.batch, case.length, case.heads * width)
     if not back:
         return measure(lambda q, k, v: vit._forward(settings, case.heads, q, k, v)[0], (x, x, x), generation)
     layout = vit.Layout.of(x, case.heads, settings.heads)
@@ -125,28 +139,37 @@ def tower(case: Case, generation: str, cut: tuple[int, int, int], back: bool) ->
     )
 
 
-def generate(case: Case, generation: str, rows: int) -> Report:
+def generate(case: Case, generation: str, rows: int, back: bool = False) -> Report:
     """The decode kernel, all slots full."""
-    cache = bf16(1, case.batch, 1, case.length * case.heads, case.head_dim)
+    assert not back
+    shape = (1, case.batch, 1, case.length * case.heads)
+    cache = jax.ShapeDtypeStruct((*shape, case.head_dim), case.cache)
+    scales = (f32(*shape),) * 2 if case.cache == "int8" else ()
     new = bf16(case.batch, case.heads, case.head_dim)
     lengths, layer = np.full(case.batch, case.length, np.int32), np.zeros(1, np.int32)
     scalars = [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (layer, lengths)]
     return measure(
-        lambda *x: decode.attention(*x, machine(generation), rows=rows),
-        (new, new, new, cache, cache, *scalars),
+        lambda *x: decode.attention(*x[:7], machine(generation), rows=rows, scales=x[7:] or None),
+        (new, new, new, cache, cache, *scalars, *scales),
         generation,
         values={5: layer, 6: lengths},
     )
 
 
-def ours(case: Case, generation: str, back: bool) -> Report:
-    """Our kernel with the blocks of the table."""
+def chosen(case: Case, generation: str, back: bool) -> Any:
+    """The blocks of the table."""
     table = blocks.choice(generation)
     if case.kind == "llama":
-        return flash(case, generation, (table.packed if case.packed else table.causal)[back], back)
+        return (table.packed if case.packed else table.causal)[back]
     if case.kind == "decode":
-        return generate(case, generation, table.decode)
-    return tower(case, generation, table.vit, back)
+        return table.decode_int8 if case.cache == "int8" else table.decode
+    return table.vit
+
+
+def ours(case: Case, generation: str, back: bool, cut: Any = None) -> Report:
+    """Our kernel with the blocks of the table, or with others."""
+    run = {"llama": flash, "vision": tower, "decode": generate}[case.kind]
+    return run(case, generation, cut or chosen(case, generation, back), back)
 
 
 def peers(case: Case, back: bool) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -158,28 +181,23 @@ def peers(case: Case, back: bool) -> Iterator[tuple[str, Callable[..., Any], tup
     if case.kind == "decode":
         cache = bf16(case.batch, case.length, case.heads, case.head_dim)
         query = bf16(case.batch, 1, case.heads, case.head_dim)
-        yield "jax.nn", jax.nn.dot_product_attention, (query, cache, cache)
+        if case.cache == "bfloat16":
+            yield "jax.nn", jax.nn.dot_product_attention, (query, cache, cache)
         return
     causal = case.kind == "llama"
     length = case.length + (0 if causal else -case.length % 128)
-    rows = bf16(case.batch, case.heads, length, case.head_dim)
+    rows = bf16(case.batch, case.heads, case.length, case.head_dim)
     block = 1024 if causal else length
+    # Backward, jax.flash is best with whole rows only if they are short, and wants divisors.
+    short = max(n for n in range(128, 641, 128) if length % n == 0)
 
     def run_flash(q: jax.Array, k: jax.Array, v: jax.Array, *s: jax.Array) -> jax.Array:
         names = [f.name for f in dataclasses.fields(jax_flash.BlockSizes)]
-        sizes = {
-            name: 512 if "_b" not in name[5:] and name.startswith("block_k") else block for name in names
-        }
-        sizes = (
-            {**dict.fromkeys(names, block if not causal else 512), "block_b": 1}
-            if back
-            else {
-                "block_q": block,
-                "block_k_major": block,
-                "block_k": 512 if causal else block,
-                "block_b": 1 if causal else 8,
-            }
-        )
+        if back:
+            sizes = {**dict.fromkeys(names, block if causal else short), "block_b": 1}
+        else:
+            sizes = dict(block_q=block, block_k_major=block, block_k=512 if causal else block)
+            sizes["block_b"] = 1 if causal else 8
         ids = jax_flash.SegmentIds(s[0], s[0]) if s else None
         return jax_flash.flash_attention(
             q,
@@ -209,16 +227,32 @@ def peers(case: Case, back: bool) -> Iterator[tuple[str, Callable[..., Any], tup
         ids = splash.SegmentIds(s[0], s[0]) if s else None
         return jax.vmap(kernel, in_axes=(0, 0, 0, 0 if s else None))(q * case.head_dim**-0.5, k, v, ids)
 
+    def whole(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, *s: jax.Array) -> Any:
+        """Pads rows to what the kernels take, and hides the padding behind segments."""
+        padding = length - case.length
+        if not padding:
+            return run(q, k, v, *s)
+        ids = jnp.broadcast_to(jnp.arange(length) >= case.length, (case.batch, length)).astype(jnp.int32)
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
+        return run(q, k, v, ids)[:, :, : case.length]
+
     segments = (jax.ShapeDtypeStruct((case.batch, length), jnp.int32),) if case.packed else ()
     for name, run in (("jax.flash", run_flash), ("jax.splash", run_splash)):
-        if back:
 
-            def step(q: Any, k: Any, v: Any, do: Any, *s: Any, run: Any = run) -> Any:
-                return jax.vjp(lambda q, k, v: run(q, k, v, *s), q, k, v)[1](do)
+        def step(q: Any, k: Any, v: Any, *rest: Any, run: Any = run) -> Any:
+            s = rest[1:] if back else rest
+            found, pull = jax.vjp(lambda q, k, v: whole(run, q, k, v, *s), q, k, v)
+            return pull(rest[0]) if back else found
 
-            yield name, step, (rows, rows, rows, rows, *segments)
-        else:
-            yield name, run, (rows, rows, rows, *segments)
+        yield name, step, (*(rows,) * (4 if back else 3), *segments)
+    if not causal:
+        flat = bf16(case.batch, case.length, case.heads, case.head_dim)
+
+        def plain(q: jax.Array, k: jax.Array, v: jax.Array, *do: jax.Array) -> Any:
+            found, pull = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, implementation="xla"), q, k, v)
+            return pull(do[0]) if back else found
+
+        yield "xla", plain, (flat,) * (4 if back else 3)
 
 
 def line(
@@ -251,7 +285,7 @@ def compare(generations: list[str], names: list[str], with_peers: bool) -> Itera
             continue
         for phase in ("fwd",) if case.kind == "decode" else ("fwd", "fwdbwd"):
             back = phase == "fwdbwd"
-            bytes_ = 4 * case.batch * case.heads * case.length * case.head_dim if case.kind == "decode" else 0
+            bytes_ = case.cache_bytes() if case.kind == "decode" else 0
             floor = there.roofline(0 if bytes_ else case.flops(back), bytes_)
             reports = [there, ours(case, generation, back=True)] if back else [there]
             yield line(case, generation, phase, "ours", reports, floor)
@@ -265,40 +299,42 @@ def compare(generations: list[str], names: list[str], with_peers: bool) -> Itera
 
 
 def tune(generations: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Cycles of every sensible choice of blocks, the best last; for `sg4v_jax/kernels/tpu/blocks.py`."""
-    for case, generation in itertools.product(CASES, generations):
-        if (names and case.name not in names) or (case.kind in ("siglip", "llama") and case.length == 2048):
-            continue
+    """The best of every sensible choice of blocks beside that of `sg4v_jax/kernels/tpu/blocks.py`."""
+    cases = [case for case in CASES if case.name in (names or TUNED)]
+    for case, generation in itertools.product(cases, generations):
         for back in (False,) if case.kind == "decode" else (False, True):
-            results = []
-            for cut in candidates(case, generation):
-                run = {"llama": flash, "clip": tower, "siglip": tower}.get(case.kind)
+            table = chosen(case, generation, back)
+            found: dict[Any, float] = {}
+            for cut in dict.fromkeys([table, *candidates(case, back)]):
                 try:
-                    report = run(case, generation, cut, back) if run else generate(case, generation, cut)
+                    report = ours(case, generation, back, cut)
                 except Exception as error:  # Too large for the generation's memory.
                     print(f"# {cut}: {str(error).splitlines()[0][:120]}")
                     continue
-                results.append((report.kernels[0].total, str(cut)))
-                phase = "backward" if back else "forward"
-                print(f"# {case.name} {generation} {phase} {cut}: {report.kernels[0].total:.0f}")
-            best = min(results)
+                found[cut] = round(report.microseconds, 1)
+                print(
+                    f"# {case.name} {generation} {'backward' if back else 'forward'} {cut}: {found[cut]}",
+                    flush=True,
+                )
+            best = min(found, key=lambda cut: found[cut])
             yield {
-                "case": case.name,
-                "generation": generation,
-                "backward": back,
-                "cycles": best[0],
-                "best": best[1],
-            }
+                "case": case.name, "generation": generation, "backward": back, "us": found[best],
+                "best": str(best), "table": str(table), "table_us": found.get(table),
+            }  # fmt: skip
 
 
-def candidates(case: Case, generation: str) -> list[Any]:
+# Those whose best blocks are in the table; other shapes use these.
+TUNED = ("llama_4096", "llama_4096_packed", "vision_577x64", "decode_32x2048", "decode_32x2048_int8")
+
+
+def candidates(case: Case, back: bool) -> list[Any]:
     """Choices worth trying."""
     if case.kind == "decode":
-        return [2048, 4096, 8192]
-    if case.kind != "llama":
-        return [(heads, heads, rows) for heads in (2, 4, 8) for rows in (256, 304, 640)]
+        return [2048, 4096, 8192, 16384]
+    if case.kind == "vision":
+        return [(n, n, size, size) for n in (2, 4, 8) for size in (384 if back else 304, 640)]
     sizes = [(512, 512), (512, 256), (1024, 512), (1024, 1024)]
-    return [flash_plan.Blocks(q, k, 256, heads) for q, k in sizes for heads in (1, 2, 4) if q * heads <= 2048]
+    return [flash_plan.Blocks(q, k, 256, rows // q) for q, k in sizes for rows in (1024, 2048)]
 
 
 def main() -> None:

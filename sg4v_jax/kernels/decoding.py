@@ -62,7 +62,8 @@ def decode_attention(
         machine = current_machine() if wanted == "tpu" else interpreter()
         reason = _refusal(query, key, cached_key)
         if reason is None:
-            rows = choice(machine.name).decode
+            table = choice(machine.name)
+            rows = table.decode if scales is None else table.decode_int8
 
             def run(*local: Any) -> Array:
                 *arrays, scales = local

@@ -1,4 +1,9 @@
-"""Attention on an NVIDIA GPU: cuDNN's flash attention where it can, the reference elsewhere."""
+"""Attention on an NVIDIA GPU: cuDNN's flash attention where it can, the reference elsewhere.
+
+Not run on a GPU yet. cuDNN's rules are those of `jax.nn.dot_product_attention(implementation="cudnn")`: it
+broadcasts key heads to query heads by itself, and takes a mask as a bias in the queries' dtype, which lies in
+memory as [batch, 1, length, length], once for all heads.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +21,9 @@ def refusal(call: Call) -> str | None:
         return "query, key and value differ in dtype"
     if head_dim % 8 or head_dim > 128:
         return f"cuDNN takes head_dim up to 128 in multiples of 8, not {head_dim}"
+    if call.segment_ids is not None and call.query.shape[1] % 2:
+        # Forward it would, but then the backward pass is an error.
+        return f"with segments cuDNN's backward pass takes even lengths, not {call.query.shape[1]}"
     return None
 
 

@@ -97,6 +97,28 @@ def test_the_device_chooses(kind, monkeypatch):
     assert entry._choose(entry.Call(integers, integers, integers, True, None), "auto") is None
 
 
+@pytest.mark.parametrize(
+    ("length", "segmented", "call"),
+    [(128, False, "fmhaSoftmaxBackward"), (128, True, "fmhaScaleBiasSoftmaxBackward"), (127, True, None)],
+)
+def test_the_program_for_a_gpu(length, segmented, call, monkeypatch):
+    """Forward and backward, with grouped queries: cuDNN's calls, or the reference where it would refuse."""
+    monkeypatch.setattr(entry, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    # Its version is asked for while the program is written; there is none on this machine.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    shapes = [jax.ShapeDtypeStruct((2, length, n, 64), "bfloat16") for n in (8, 2, 2)]
+
+    def loss(query, key, value, segments):
+        ids = segments if segmented else None
+        return entry.attention(query, key, value, causal=True, segment_ids=ids).astype("float32").sum()
+
+    step = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes, jax.ShapeDtypeStruct((2, length), "int32"))
+    text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("dot_general" in text) == (call is None)
+    if call:
+        assert call in text and '"CAUSAL' in text.replace("\\22", '"') and "0.125" in text
+
+
 def test_under_scan():
     """The kernels' own gradients, inside what the models wrap around them."""
     query, key, value = map(jax.numpy.asarray, qkv(1, 128, 128, 2, 2, 64))

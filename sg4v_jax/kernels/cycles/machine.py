@@ -11,8 +11,6 @@ from sg4v_jax.kernels.cycles.bundles import Instruction, Program
 from sg4v_jax.kernels.cycles.target import Generation
 
 WORD = 0xFFFFFFFF
-GRANULE = 32
-"""Bytes that a transfer's size counts in."""
 LATENCY = 0.45e-6
 """Seconds from a transfer's start to its first byte. Fitted to a published matmul timing on v5e."""
 # How a call gets its operands, and a register another's value, without computing anything.
@@ -203,12 +201,14 @@ class Machine:
 
     def transfer(self, program: str, op: str, size: Any, flag: Any, source: Any, target: Any) -> None:
         """Starts a transfer of `size` granules that adds to `flag` when it is done."""
+        if "remote" in op:  # The other core's flag: both cores are as fast.
+            return
         if size is None or flag is None:
             self.unknown["size or flag of a transfer"] += 1
             return
         if "host" in op:
             return
-        count, bytes_ = self.counts[program], size * GRANULE
+        count, bytes_ = self.counts[program], size * self.generation.granule
         if "smem" in op and target is not None:
             self._load_words(program, source, target, bytes_ // 4)
         if "hbm" in op or "general" in op:

@@ -42,6 +42,7 @@ class Generation:
       mxus: matrix units of a core.
       matmul_cycles: cycles for which one bfloat16 `vmatmul` (16 rows) occupies its matrix unit.
       delay_slots: bundles that still run after a branch.
+      granule: bytes that a transfer's size counts in.
     """
 
     name: str
@@ -53,12 +54,13 @@ class Generation:
     mxus: int
     matmul_cycles: int
     delay_slots: int = 4
+    granule: int = 32
 
 
 GENERATIONS = {
     generation.name: generation
     for generation in (
-        Generation("v4", "v4:2x2x1", 1.05e9, 275e12, 1228e9, 2, 4, 16, delay_slots=1),
+        Generation("v4", "v4:2x2x1", 1.05e9, 275e12, 1228e9, 2, 4, 16, delay_slots=1, granule=512),
         Generation("v5e", "v5e:2x2", 1.5e9, 197e12, 819e9, 1, 4, 16),
         Generation("v5p", "v5p:2x2x1", 1.75e9, 459e12, 2765e9, 2, 4, 16),
         Generation("v6e", "v6e:2x2", 1.75e9, 918e12, 1640e9, 1, 2, 8),

@@ -1,7 +1,7 @@
-"""Block sizes per generation of TPU.
+"""Block sizes per generation of TPU, by the cycles that `benchmarks/kernels.py tune` counts.
 
-Those of v5e and v6e are the best of sweeps by hand over cycle counts; v4 and v5p are by analogy, not swept.
-`benchmarks/kernels.py tune` counts the alternatives.
+Those of `decode` are what it chose on every generation. The others' are the best of sweeps by hand on v5e and
+v6e, and by analogy on v4 and v5p.
 """
 
 import dataclasses
@@ -16,40 +16,46 @@ class Choice:
     Attributes:
       causal: forward and backward blocks of the decoder without segments.
       packed: the same with segments: smaller blocks of keys skip more.
-      vit: heads per program (forward, backward) and rows per tile of the vision tower.
+      vit: heads per program and rows per tile of the vision tower, (forward, backward) each.
       decode: rows of the cache per block.
+      decode_int8: the same of an int8 cache.
     """
 
     causal: tuple[Blocks, Blocks]
     packed: tuple[Blocks, Blocks]
-    vit: tuple[int, int, int]
+    vit: tuple[int, int, int, int]
     decode: int
+    decode_int8: int
 
 
 CHOICES: dict[str, Choice] = {
     "v4": Choice(
         causal=(Blocks(512, 512, 256, 2), Blocks(512, 256, 256, 1)),
         packed=(Blocks(512, 256, 256, 2), Blocks(512, 256, 256, 1)),
-        vit=(4, 2, 320),
-        decode=4096,
+        vit=(4, 2, 320, 640),
+        decode=2048,
+        decode_int8=16384,
     ),
     "v5e": Choice(
         causal=(Blocks(512, 512, 256, 4), Blocks(1024, 512, 256, 2)),
         packed=(Blocks(512, 256, 256, 4), Blocks(512, 256, 256, 4)),
-        vit=(8, 4, 640),
-        decode=4096,
+        vit=(8, 4, 640, 640),
+        decode=2048,
+        decode_int8=8192,
     ),
     "v5p": Choice(
         causal=(Blocks(512, 512, 256, 4), Blocks(1024, 512, 256, 2)),
         packed=(Blocks(512, 256, 256, 4), Blocks(512, 256, 256, 4)),
-        vit=(8, 4, 640),
+        vit=(8, 4, 640, 640),
         decode=4096,
+        decode_int8=16384,
     ),
     "v6e": Choice(
         causal=(Blocks(1024, 1024, 256, 2), Blocks(1024, 512, 256, 2)),
         packed=(Blocks(512, 256, 256, 4), Blocks(512, 256, 256, 4)),
-        vit=(4, 4, 640),
+        vit=(4, 4, 640, 640),
         decode=8192,
+        decode_int8=16384,
     ),
 }
 

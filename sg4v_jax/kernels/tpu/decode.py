@@ -14,8 +14,11 @@ and to read only what a slot has.
   loading them, 0.8 of the time that the memory takes on v5e.
 * The grid's steps beyond a slot's length name the block that is there already: they fetch nothing. They
   come before the others, so that the first block's transfer runs meanwhile.
+* A block is large, since every step costs about 1000 cycles of one chain (product, maximum, exponential,
+  product) that nothing overlaps; and within it the scores of the next tile come before the softmax of
+  this one, as in the other kernels.
 * Keys and values may be int8 with a scale per position and head, which halves the traffic; scores and
-  weights are scaled instead of keys and values.
+  weights are scaled instead of keys and values. Blocks have twice the rows then: the same bytes.
 * The cache of all layers is one operand, and the layer a number that the blocks' places are computed from:
   a layer cut out of it would be copied for the kernel, read and written once more.
 * The slot's new position is where the running softmax starts. It is not in the cache yet: writing 32 slots
@@ -23,6 +26,7 @@ and to read only what a slot has.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -32,7 +36,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from sg4v_jax.kernels.tpu.machine import Machine
-from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, MASKED, dot, lanes
+from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, MASKED, dot, in_pipeline, lanes
+
+# Rows of a block whose scores are taken together.
+TILE = 4096
 
 
 def attention(
@@ -121,6 +128,14 @@ def block_positions(capacity: int, kv_heads: int, rows: int) -> int:
     return max((n for n in fits if n * kv_heads <= rows), default=fits[0])
 
 
+def _tiles(size: int, kv_heads: int) -> list[slice]:
+    """Cuts a block's rows into equal tiles of at most `TILE`, of whole positions and whole lanes."""
+    unit = math.lcm(LANES, kv_heads)
+    fits = [n for n in range(unit, min(TILE, size) + 1, unit) if size % n == 0]
+    n = max(fits, default=size)
+    return [slice(start, start + n) for start in range(0, size, n)]
+
+
 def _kernel(
     kv_heads: int,
     positions: int,
@@ -149,24 +164,31 @@ def _kernel(
 
     @pl.when(j >= skipped)
     def visit() -> None:
-        scores = dot(query[...], key[...].astype(query.dtype), (1, 1))
-        scale = head_dim**-0.5 * LOG2_E
-        scores = scores * (scales[0][...] * scale if scales else scale)
-        column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        head = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         left = length - (j - skipped) * positions
-        seen = (column % kv_heads == head // (heads // kv_heads)) & (column < left * kv_heads)
-        scores = jnp.where(seen, scores, MASKED)
-        before = maximum[...]
-        top = jnp.maximum(before, scores.max(1, keepdims=True))
-        maximum[...] = top
-        shrink = jnp.exp2(before - top)
-        weights = jnp.exp2(scores - lanes(top, scores.shape[1]))
-        total[...] = total[...] * shrink + weights.sum(1, keepdims=True)
-        if scales:
-            weights = weights * scales[1][...]
-        values = dot(weights.astype(query.dtype), value[...].astype(query.dtype), (1, 0))
-        acc[...] = acc[...] * lanes(shrink, head_dim) + values
+        scale = head_dim**-0.5 * LOG2_E
+        state = [maximum[...], total[...], acc[...]]
+
+        def begin(tile: slice) -> Array:
+            return dot(query[...], key[tile].astype(query.dtype), (1, 1))
+
+        def finish(tile: slice, scores: Array) -> None:
+            scores = scores * (scales[0][:, tile] * scale if scales else scale)
+            column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            head = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+            own = column % kv_heads == head // (heads // kv_heads)
+            scores = jnp.where(own & (column < left * kv_heads - tile.start), scores, MASKED)
+            before, total_before, acc_before = state
+            top = jnp.maximum(before, scores.max(1, keepdims=True))
+            shrink = jnp.exp2(before - top)
+            weights = jnp.exp2(scores - lanes(top, scores.shape[1]))
+            sums = total_before * shrink + weights.sum(1, keepdims=True)
+            if scales:
+                weights = weights * scales[1][:, tile]
+            values = dot(weights.astype(query.dtype), value[tile].astype(query.dtype), (1, 0))
+            state[:] = top, sums, acc_before * lanes(shrink, head_dim) + values
+
+        in_pipeline(_tiles(key.shape[0], kv_heads), begin, finish)
+        maximum[...], total[...], acc[...] = state
 
     @pl.when(j == pl.num_programs(1) - 1)
     def finish() -> None:

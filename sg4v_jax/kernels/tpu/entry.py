@@ -20,8 +20,9 @@ def refusal(call: Call, machine: Machine) -> str | None:
         return "segments without causality have no kernel"
     if call.query.shape != call.key.shape:
         return "without causality, queries and keys need equal lengths and heads"
-    # The backward pass holds two float32 squares and what they become.
-    if 16 * call.query.shape[1] ** 2 > machine.vmem // 2:
+    settings = vit.Settings(*choice(machine.name).vit, machine)
+    padded = (*call.query.shape[:3], -(-call.query.shape[3] // 128) * 128)
+    if not any(vit.fits(settings, shape, call.query.dtype.itemsize) for shape in (call.query.shape, padded)):
         return f"rows of {call.query.shape[1]} scores do not fit into {machine.vmem >> 20} MiB"
     return None
 

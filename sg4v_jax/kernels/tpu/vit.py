@@ -9,11 +9,12 @@ matrix products with a softmax between them (five products with what lies betwee
 * The operands are read as `[batch, length, heads * head_dim]`, which is how the projections' matrix
   products write them: no transposition, and no padding in memory of 577 tokens to 640 or of head_dim 64
   to 128 lanes.
-* With head_dim 64 two heads share 128 lanes. Moving one of them aside costs as much as a product, so
-  nothing moves: zeroing the other head's lanes of the *keys* gives this head's scores from both heads'
-  queries, and results are selected by lane at the end. The matrix unit contracts 128 lanes at the price
-  of 64, so this is free.
-* Lanes of the values that belong to the other head are set to one: the sums of the softmax come out of
+* With head_dim 64 two heads share 128 lanes, and one of 72 or 80 may lie in two registers. Moving heads
+  aside costs as much as a product, so nothing moves: zeroing the other heads' lanes of the *keys* gives this
+  head's scores from all of their queries, and results are selected by lane at the end. The matrix unit
+  contracts 128 lanes at the price of 64, so this is free, but for heads that lie in two registers where
+  the unit is 128 wide.
+* Lanes of the values that belong to the other heads are set to one: the sums of the softmax come out of
   the product there.
 * A 64-wide contraction (scores) and a 64-wide result (values) use half of the matrix unit, whatever one
   does: the products of a head stream ceil(577 / 16) * 16 rows through 5 (v5e) or 3 (v6e) column blocks
@@ -22,8 +23,8 @@ matrix products with a softmax between them (five products with what lies betwee
   behind another's products.
 * The backward pass keeps scores transposed, [keys, queries], as the decoder's does.
 
-Head dimensions that do not divide 128 (72, 80) are cut out by lane and put back: there the shifts hide
-behind products that fill more of the matrix unit.
+A program takes as many heads as fill whole registers (16 of 72); where that is too much for the memory
+(v4), heads are padded to 128 lanes outside.
 """
 
 import dataclasses
@@ -37,7 +38,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from sg4v_jax.kernels.tpu.machine import Machine
-from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, as_row, dot, exp2, in_pipeline
+from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, as_row, dot, exp2, in_pipeline, lanes
+
+# Tokens from which on moving heads pays.
+MOVES_FROM = 384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +52,28 @@ class Settings:
       heads: heads per program, at most, of the forward pass.
       heads_backward: the same of the backward pass.
       rows: queries per tile of the forward pass, a multiple of 16.
+      rows_backward: the same of the backward pass, a multiple of 128.
       machine: what the hardware can do.
+      head_dim: of the model, where heads come padded; else None.
     """
 
     heads: int
     heads_backward: int
     rows: int
+    rows_backward: int
     machine: Machine
+    head_dim: int | None = None
+
+    def layout(self, query: Array, heads: int, limit: int) -> "Layout":
+        """The heads of a program, at most `limit` if they fill whole registers."""
+        layout = Layout.of(query, heads, limit)
+        # Where the matrix unit is no wider than a register, a head in two doubles each product. Moving it
+        # into one takes shifts, which only many rows hide.
+        return dataclasses.replace(layout, moves=self.machine.mxu == LANES and layout.length > MOVES_FROM)
+
+    def scale(self, layout: "Layout") -> float:
+        """What scores are multiplied by."""
+        return (self.head_dim or layout.head_dim) ** -0.5
 
 
 class Tile(NamedTuple):
@@ -73,11 +92,13 @@ class Layout:
       heads: heads per program.
       head_dim: lanes per head.
       length: tokens.
+      moves: whether heads that lie in two registers are moved into one.
     """
 
     heads: int
     head_dim: int
     length: int
+    moves: bool = False
 
     @classmethod
     def of(cls, query: Array | jax.ShapeDtypeStruct, heads: int, limit: int) -> "Layout":
@@ -88,36 +109,32 @@ class Layout:
         return cls(max((n for n in fits if n <= limit), default=fits[0]), head_dim, query.shape[1])
 
     @property
-    def sharing(self) -> int:
-        """Heads that share 128 lanes and stay there; 1 if each is cut out."""
-        return LANES // self.head_dim if LANES % self.head_dim == 0 and self.width % LANES == 0 else 1
-
-    @property
     def width(self) -> int:
         """Lanes of a program."""
         return self.heads * self.head_dim
 
-    def lanes(self, head: int) -> slice:
-        """The lanes to read for a head: its own, or those of all heads it shares with."""
-        size = self.sharing * self.head_dim
-        start = head // self.sharing * size
-        return slice(start, start + size)
+    def window(self, head: int) -> slice:
+        """The lanes to read for a head: those of the whole registers that hold it, or its own."""
+        start, stop = head * self.head_dim, (head + 1) * self.head_dim
+        if self.moves and start // LANES < (stop - 1) // LANES:
+            return slice(start, stop)
+        return slice(start // LANES * LANES, min(-(-stop // LANES) * LANES, self.width))
 
     def only(self, x: Array, head: int, fill: int) -> Array:
-        """Fills the lanes of other heads."""
-        if self.sharing == 1:
+        """Fills the lanes of a head's window that belong to others."""
+        if x.shape[1] == self.head_dim:
             return x
-        return jnp.where(self._owner(x) == head % self.sharing, x, jnp.asarray(fill, x.dtype))
+        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + self.window(head).start
+        own = (lane >= head * self.head_dim) & (lane < (head + 1) * self.head_dim)
+        return jnp.where(own, x, jnp.asarray(fill, x.dtype))
 
-    def merge(self, parts: list[Array], shift: int = 0) -> Array:
-        """From each head's result the lanes of the head `shift` places further on."""
-        merged = parts[0]
-        for head, part in enumerate(parts[1:], 1):
-            merged = jnp.where(self._owner(part) == (head + shift) % self.sharing, part, merged)
-        return merged
-
-    def _owner(self, x: Array) -> Array:
-        return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // self.head_dim
+    def foreign(self, head: int) -> int:
+        """The place of a lane of a head's window that is not its own; -1 if all are."""
+        window = self.window(head)
+        if window.start < head * self.head_dim:
+            return 0
+        size = window.stop - window.start
+        return size - 1 if size > self.head_dim else -1
 
     def specs(self) -> tuple[pl.BlockSpec, pl.BlockSpec]:
         """Blocks of [batch, length, heads * head_dim] and of [batch, programs, heads, length]."""
@@ -143,8 +160,27 @@ def attention(
       The attended values, in the dtype of `query`.
     """
     batch, length, heads, head_dim = query.shape
-    flat = (x.reshape(batch, length, heads * head_dim) for x in (query, key, value))
-    return _attention(settings, heads, *flat).reshape(query.shape)
+    operands = (query, key, value)
+    if not fits(settings, query.shape, query.dtype.itemsize):
+        padding = -head_dim % LANES
+        operands = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for x in operands)
+        settings = dataclasses.replace(settings, head_dim=head_dim)
+    flat = (x.reshape(batch, length, -1) for x in operands)
+    return _attention(settings, heads, *flat).reshape(operands[0].shape)[..., :head_dim]
+
+
+def fits(settings: Settings, shape: tuple[int, ...], itemsize: int) -> bool:
+    """Whether programs on heads [batch, length, heads, head_dim] as they lie fit into memory.
+
+    The backward pass has eight operands and results, twice as the next ones are fetched meanwhile, three
+    float32 sums per head, and four squares of float32 for the two tiles in flight.
+    """
+    _, length, heads, head_dim = shape
+    layout = Layout.of(
+        jax.ShapeDtypeStruct((1, length, heads * head_dim), jnp.float32), heads, settings.heads_backward
+    )
+    squares = 16 * min(settings.rows_backward, length) * length
+    return 16 * length * layout.width * itemsize + 12 * length * LANES + squares <= settings.machine.vmem
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -178,8 +214,8 @@ def _call(
 
 
 def _forward(settings: Settings, heads: int, query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-    layout = Layout.of(query, heads, settings.heads)
-    kernel = functools.partial(_vit_forward, settings.rows)
+    layout = settings.layout(query, heads, settings.heads)
+    kernel = functools.partial(_vit_forward, settings)
     kernel.__name__ = "vit_forward"  # type: ignore[attr-defined]
     out, lse = _call(settings, layout, query, kernel, [query, key, value], "xr")
     return out, (query, key, value, out, lse)
@@ -187,104 +223,112 @@ def _forward(settings: Settings, heads: int, query: Array, key: Array, value: Ar
 
 def _backward(settings: Settings, heads: int, residuals: Any, d_out: Array) -> tuple[Array, Array, Array]:
     query, key, value, out, lse = residuals
-    layout = Layout.of(query, heads, settings.heads_backward)
+    layout = settings.layout(query, heads, settings.heads_backward)
     lse = lse.reshape(lse.shape[0], -1, layout.heads, layout.length)
+    kernel = functools.partial(_vit_backward, settings)
+    kernel.__name__ = "vit_backward"  # type: ignore[attr-defined]
     operands = [query, key, value, out, d_out, lse]
-    return tuple(_call(settings, layout, query, _vit_backward, operands, "xxx"))
+    return tuple(_call(settings, layout, query, kernel, operands, "xxx"))
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _vit_forward(rows: int, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
+def _run(layout: Layout, limit: int, rows: int, begin: Any, finish: Any) -> None:
+    """Works on all heads' tiles, at most `limit` heads in one stretch of straight-line code.
+
+    The compiler's time grows faster than the code; where more heads than that must be in a program, each
+    stretch is in a branch of its own, which is always taken.
+    """
+    for first in range(0, layout.heads, limit):
+        tiles = [
+            Tile(head, row, min(rows, layout.length - row))
+            for head in range(first, min(first + limit, layout.heads))
+            for row in range(0, layout.length, rows)
+        ]
+        if layout.heads <= limit:
+            in_pipeline(tiles, begin, finish)
+        else:
+            pl.when(pl.program_id(0) >= 0)(functools.partial(in_pipeline, tiles, begin, finish))
+
+
+def _put(layout: Layout, ref: Any, tile: Tile, x: Float[Array, "rows window"]) -> None:
+    """Writes a tile's result, all lanes of the head's window, over what comes after the heads before it."""
+    window, rows = layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
+    own = tile.head * layout.head_dim
+    if window.start == own and window.stop - own == layout.head_dim:
+        ref[rows, window] = x.astype(ref.dtype)
+        return
+    for start in range(window.start, window.stop, LANES):
+        stop = min(start + LANES, window.stop)
+        part = x[:, start - window.start : stop - window.start].astype(ref.dtype)
+        if start < own:
+            lane = jax.lax.broadcasted_iota(jnp.int32, part.shape, 1) + start
+            part = jnp.where(lane < own, ref[rows, start:stop], part)
+        ref[rows, start:stop] = part
+
+
+def _vit_forward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
     query, key, value, out, lse = refs
-    scale = layout.head_dim**-0.5 * LOG2_E
-    waiting: list[tuple[Array, Array]] = []
+    scale = settings.scale(layout) * LOG2_E
 
     def scores(tile: Tile) -> Array:
-        lanes = layout.lanes(tile.head)
-        return dot(
-            query[tile.row : tile.row + tile.rows, lanes], layout.only(key[:, lanes], tile.head, 0), (1, 1)
-        )
+        window, rows = layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
+        return dot(query[rows, window], layout.only(key[:, window], tile.head, 0), (1, 1))
 
     def finish(tile: Tile, scores: Array) -> None:
-        lanes = layout.lanes(tile.head)
-        top = scores.max(1, keepdims=True) * scale
-        weights = exp2(scores * scale - top, exp_dtype)
-        values = layout.only(value[:, lanes], tile.head, 1)
-        if layout.sharing == 1 and layout.head_dim < LANES:
-            ones = jnp.ones((layout.length, LANES - layout.head_dim), values.dtype)
-            values = jnp.concatenate([values, ones], axis=1)
+        # Widened once, and used as it is to the end: making whole registers of a column takes long.
+        top = jnp.broadcast_to(scores.max(1, keepdims=True) * scale, (tile.rows, LANES))
+        weights = exp2(scores * scale - lanes(top, layout.length), exp_dtype)
+        values = layout.only(value[:, layout.window(tile.head)], tile.head, 1)
+        place, width = layout.foreign(tile.head), values.shape[1]
+        if place < 0 and width < LANES:
+            ones = jnp.ones((layout.length, LANES - width), values.dtype)
+            values, place = jnp.concatenate([values, ones], axis=1), LANES - 1
         attended = dot(weights.astype(values.dtype), values, (1, 0))
-        if layout.head_dim >= LANES:
-            attended = jnp.concatenate(
-                [attended, jnp.broadcast_to(_sum(weights), (tile.rows, LANES))], axis=1
-            )
-        waiting.append((attended, top))
-        if len(waiting) == layout.sharing:
-            _store(layout, tile, waiting, out, lse)
-            waiting.clear()
+        # The values' foreign lanes are one, so the sums of the weights are in these lanes of the product.
+        total = attended[:, place : place + 1] if place >= 0 else _sum(weights)
+        attended = attended[:, :width]
+        # A division takes ten vector instructions; the logarithm is needed anyway.
+        log_total = jnp.log2(jnp.broadcast_to(total, top.shape))
+        _put(layout, out, tile, attended * lanes(jnp.exp2(-log_total), attended.shape[1]))
+        lse[tile.head : tile.head + 1, tile.row : tile.row + tile.rows] = as_row(top + log_total)
 
-    tiles = [
-        Tile(head, row, min(rows, layout.length - row))
-        for first in range(0, layout.heads, layout.sharing)
-        for row in range(0, layout.length, rows)
-        for head in range(first, first + layout.sharing)
-    ]
-    in_pipeline(tiles, scores, finish)
+    _run(layout, settings.heads, settings.rows, scores, finish)
 
 
 def _sum(weights: Array) -> Array:
     return weights.astype(jnp.float32).sum(1, keepdims=True)
 
 
-def _store(layout: Layout, tile: Tile, results: list[tuple[Array, Array]], out: Any, lse: Any) -> None:
-    """Divides by the sums and writes the heads that share lanes; `tile` is of the last of them."""
-    d, first = layout.head_dim, tile.head - layout.sharing + 1
-    rows = slice(tile.row, tile.row + tile.rows)
-    attended = [x for x, _ in results]
-    if layout.sharing == 1:
-        log_total = jnp.log2(attended[0][:, d : d + 1])
-        logs = [log_total]
-        values = attended[0][:, :d]
-    else:
-        # A head's sums lie in its neighbour's lanes.
-        log_total = jnp.log2(pltpu.roll(layout.merge(attended, shift=1), LANES - d, 1))
-        logs = [log_total[:, head * d : head * d + 1] for head in range(layout.sharing)]
-        values = layout.merge(attended)
-    # A division takes ten vector instructions; the logarithm is needed anyway.
-    out[rows, layout.lanes(tile.head)] = (values * jnp.exp2(-log_total)).astype(out.dtype)
-    for head, (_, top) in enumerate(results):
-        lse[first + head : first + head + 1, rows] = as_row(top + logs[head])
-
-
-def _vit_backward(layout: Layout, exp_dtype: Any, *refs: Any) -> None:
+def _vit_backward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any) -> None:
     query, key, value, out, d_out, lse, *gradients = refs
-    scale = layout.head_dim**-0.5
-    waiting: list[tuple[Array, Array, Array]] = []
+    scale = settings.scale(layout)
+    d_query, d_key, d_value = gradients
+    # Of the tiles of one head.
+    sums: list[Array] = []
 
-    def products(head: int) -> tuple[Array, Array]:
-        lanes = layout.lanes(head)
-        scores = dot(layout.only(key[:, lanes], head, 0), query[:, lanes], (1, 1))
-        return scores, dot(layout.only(value[:, lanes], head, 0), d_out[:, lanes], (1, 1))
+    def products(tile: Tile) -> tuple[Array, Array]:
+        window, rows = layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
+        scores = dot(layout.only(key[:, window], tile.head, 0), query[rows, window], (1, 1))
+        return scores, dot(layout.only(value[:, window], tile.head, 0), d_out[rows, window], (1, 1))
 
-    def finish(head: int, begun: tuple[Array, Array]) -> None:
+    def finish(tile: Tile, begun: tuple[Array, Array]) -> None:
         scores, d_weights = begun
-        lanes = layout.lanes(head)
-        weights = exp2(scores * (scale * LOG2_E) - lse[head : head + 1], exp_dtype)
-        product = out[:, lanes].astype(jnp.float32) * d_out[:, lanes].astype(jnp.float32)
+        head, window, rows = tile.head, layout.window(tile.head), slice(tile.row, tile.row + tile.rows)
+        weights = exp2(scores * (scale * LOG2_E) - lse[head : head + 1, rows], exp_dtype)
+        product = out[rows, window].astype(jnp.float32) * d_out[rows, window].astype(jnp.float32)
         delta = as_row(layout.only(product, head, 0).sum(1, keepdims=True))
         d_scores = (weights.astype(jnp.float32) * (d_weights - delta)).astype(query.dtype)
-        waiting.append(
-            (
-                dot(d_scores, key[:, lanes], (0, 0)) * scale,
-                dot(d_scores, query[:, lanes], (1, 0)) * scale,
-                dot(weights.astype(query.dtype), d_out[:, lanes], (1, 0)),
-            )
-        )
-        if len(waiting) == layout.sharing:
-            for gradient, parts in zip(gradients, zip(*waiting, strict=True), strict=True):
-                gradient[:, lanes] = layout.merge(list(parts)).astype(gradient.dtype)
-            waiting.clear()
+        _put(layout, d_query, tile, dot(d_scores, key[:, window], (0, 0)) * scale)
+        found = [
+            dot(d_scores, query[rows, window], (1, 0)),
+            dot(weights.astype(query.dtype), d_out[rows, window], (1, 0)),
+        ]
+        sums[:] = [a + b for a, b in zip(sums, found, strict=True)] if tile.row else found
+        if tile.row + tile.rows == layout.length:
+            whole = Tile(head, 0, layout.length)
+            _put(layout, d_key, whole, sums[0] * scale)
+            _put(layout, d_value, whole, sums[1])
 
-    in_pipeline(range(layout.heads), products, finish)
+    _run(layout, settings.heads_backward, settings.rows_backward, products, finish)
