@@ -328,7 +328,7 @@ def test_textvqa_prompts_from_rosetta(tmp_path: pathlib.Path) -> None:
 def test_all_takes_what_is_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder MME or mme for mme"):
         load_benchmarks("mme,gqa", tmp_path)
-    for name in ("gqa", "pope", "seed"):
+    for name in ("gqa", "pope", "seed", "world"):
         WRITERS[name](tmp_path)
     shutil.rmtree(tmp_path / "pope/val2014")
     loaded, left_out = load_benchmarks("all", tmp_path)

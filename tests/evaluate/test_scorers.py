@@ -142,7 +142,7 @@ def test_pope_metrics() -> None:
         max_size=40,
     )
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_pope_by_its_definition(lines: list[tuple[str, str, str]]) -> None:
     """Counts of the confusion matrix, against ratios of sums over images."""
     marked = []
