@@ -49,8 +49,10 @@ from sg4v_jax.world import write_world
 QUESTION = "<image>\nAnalyze the image in a comprehensive and detailed manner."
 # The original tool's.
 THEIR_BATCH = 4
-# A 7B model's decode step on v5e reads 13.5 GB of bfloat16 weights at 819 GB/s; the cache comes on top.
-STEP_7B = 13.5 / 819
+# A 7B model's decode step of 32 slots with full caches on four v5e chips, at least, in seconds: `sg4v plan
+# --config=configs/finetune.py:7b --config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.tensor=4
+# --topology=v5e:2x4 --steps=decode --slots=64 --capacity=1024` (two copies of it), libtpu 0.0.52.
+STEP_7B = 8.4e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,11 +316,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--captions", type=int, default=256)
-    parser.add_argument("--their-captions", type=int, default=48, help="the first of them, for transformers")
-    parser.add_argument("--mean-tokens", type=float, default=120)
+    parser.add_argument("--captions", type=int, default=384)
+    parser.add_argument("--their-captions", type=int, default=24, help="the first of them, for transformers")
+    parser.add_argument("--mean-tokens", type=float, default=180)
     parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--capacity", type=int, default=512)
+    parser.add_argument("--capacity", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bulk", type=int, default=1000, help="captions of the run that measures occupancy")
     parser.add_argument("--bulk-slots", type=int, default=32)
