@@ -1,20 +1,18 @@
 """What a run survives: damaged checkpoints, failed saves, full disks, steps that are not finite, kills.
 
-Data workers that die are in tests/data/test_loader.py, notices of preemption in test_resume.py.
+Data workers that die are in tests/data/test_loader.py, notices of preemption in test_resume.py, what is only
+watched in test_full_disk.py.
 """
 
-import contextlib
 import json
 import logging
 import os
 import pathlib
-import resource
 import shutil
 import subprocess
 import sys
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -25,11 +23,12 @@ import pytest
 
 from sg4v_jax.convert import manifest
 from sg4v_jax.convert.orbax import CHECKPOINTS, load_run, open_run, read_meta
-from sg4v_jax.train import checkpoint, first_batch, goodput, loop, metrics, profiler, writers
+from sg4v_jax.train import checkpoint, first_batch, goodput, loop, profiler
 from sg4v_jax.train.checkpoint import Checkpointer
 from sg4v_jax.train.nonfinite import NonFinite, load_batch
 from tests.conftest import TinyWorld
 from tests.train import faults
+from tests.train.test_full_disk import small_files
 from tests.train.test_resume import REPOSITORY, logged
 
 PARAMS = {"a": {"w": np.arange(6000, dtype=np.float32)}, "b": np.arange(5.0)}
@@ -187,17 +186,6 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
     )
 
 
-@contextlib.contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """Writes beyond `limit` bytes of a file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_failed_save_is_made_good_by_the_next(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,58 +241,6 @@ def test_a_slow_save_does_not_hold_up_the_run(
     save(checkpointer, 3, needed=True)
     checkpointer.close()
     assert faults.steps(tmp_path) == [1, 3]
-
-
-def test_metrics_outlast_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "metrics.jsonl"
-    file = metrics.MetricsFile(path, 0)
-    file.write(0, {"loss": 1.0})
-    with small_files(path.stat().st_size + 5):
-        file.write(1, {"loss": 2.0})
-        file.write(2, {"loss": 3.0})
-    assert [line["step"] for line in metrics.read(path)] == [0]
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert "metrics.jsonl can't be written" in line
-    file.write(3, {"loss": 4.0})
-    assert [line["step"] for line in metrics.read(path)] == [0, 1, 2, 3]
-    # A restart needs no room to drop the lines it repeats, whole or cut off.
-    path.open("a").write('{"step": 4, "lo')
-    with small_files(10):
-        metrics.MetricsFile(path, 2).close()
-    assert path.read_text() == '{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 2.0}\n'
-
-
-def test_goodput_outlasts_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    file, seconds = tmp_path / goodput.FILE_NAME, {"init": 1.0, "step": 5.0}
-    run = goodput.Goodput(file, 0)
-    run.write(1, seconds)
-    before = file.read_bytes()
-    for _ in range(2):  # It is told anew after it had worked again.
-        with small_files(10):
-            run.write(2, seconds, saved=True)
-            run.write(3, seconds)
-        assert file.read_bytes() == before
-        (line,) = caplog.messages
-        assert line.startswith(f"{file} can't be written (File too large): make room there; it stays as it")
-        caplog.clear()
-        run.write(4, seconds)
-        assert json.loads(file.read_text())["step"] == 4 and run.seconds["init"] == 1.0
-        before = file.read_bytes()
-    assert list(json.loads(file.read_text())["saved"]) == ["2"]
-
-
-def test_tensorboard_ends_on_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its thread dies of it; more numbers than its queue would hold must not wait for that."""
-    board = writers.TensorBoard(tmp_path, 0)
-    values = {f"speed/{i}": float(i) for i in range(40)}
-    with small_files(1000), warnings.catch_warnings():
-        warnings.simplefilter("ignore", pytest.PytestUnhandledThreadExceptionWarning)
-        for step in range(4):
-            board.write(step, values)
-        board.close()
-    (line,) = caplog.messages
-    assert "tensorboard can't be written (File too large)" in line
-    assert "TensorBoard gets nothing from step " in line and "metrics.jsonl has it all" in line
 
 
 # --- Steps that are not finite, and what reads a run ----------------------------------------------
