@@ -35,7 +35,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in FULL:
-            raise OSError(error.errno, f"{error.strerror}: make room there", os.fspath(path)) from error
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 
