@@ -31,7 +31,7 @@ def test_text_and_bytes(tmp_path: pathlib.Path) -> None:
 
 def test_a_full_disk(tmp_path: pathlib.Path, small_files: None) -> None:
     atomic.write(tmp_path / "file", "{}")
-    with pytest.raises(OSError, match="File too large: .*/file'"):
+    with pytest.raises(OSError, match=r"File too large: .*/file'"):
         atomic.write(tmp_path / "file", b"x" * 2000)
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "{}"
