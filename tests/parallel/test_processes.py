@@ -169,10 +169,12 @@ def test_evaluating_and_captioning(
         main(argv)
     expected = capsys.readouterr().out
     (first, second) = run_processes(commands(two), 2, 2)
-    # The second writes its answers and captions, from which the first makes the scores and the page.
-    assert second.out == ""
-    print(first.below(two))
-    print(second.below(two))
+    # The second writes its answers and captions, of which the first makes the rest. Who comes first describes
+    # the run.
+    own = ("captions/work", "scores/world/answers-001-of-002.", "scores/world/run.json.")
+    assert second.out == "" and all(os.fspath(path).startswith(own) for path in second.below(two))
+    made = {os.fspath(path).partition(".")[0] for path in first.below(two)}
+    assert made > {"answers", "scores/world/scores", "scores/world/samples"}
     same = [line for line in expected.splitlines() if str(one) not in line]
     assert len(same) > 3 and set(same) <= set(first.out.splitlines())
     for name in ("answers.jsonl", "scores/world/samples.jsonl", "captions/captions.json"):

@@ -274,18 +274,8 @@ def torment(
 
 def table(lives: list[dict[str, Any]]) -> str:
     """What happened, as docs/survival.md shows it."""
-    rows = [
-        [
-            "#",
-            "damaged before",
-            "process",
-            "killed in",
-            "delay",
-            "complete then",
-            "being written",
-            "being removed",
-        ]
-    ]
+    header = "#, damaged before, process, killed in, delay, complete then, being written, being removed"
+    rows = [header.split(", ")]
     rows += [["---"] * len(rows[0])]
     for number, life in enumerate(lives, 1):
         names = ("checkpoints", "unfinished", "removed")
