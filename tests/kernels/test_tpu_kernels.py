@@ -139,7 +139,7 @@ def test_flash_in_chunks_of_keys_and_two_programs_per_key_head():
 
 @pytest.mark.parametrize(
     ("length", "heads"),
-    [(150, (2, 64)), (130, (4, 32)), (40, (1, 128)), (7, (3, 8)), (50, (16, 72)), (130, (8, 80))],
+    [(150, (2, 64)), (40, (1, 128)), (7, (3, 8)), (50, (16, 72)), (130, (8, 80))],
 )
 def test_vision(length, heads, monkeypatch):
     """Heads that share registers, fill one, lie in two or are moved; rows in one tile and in several."""

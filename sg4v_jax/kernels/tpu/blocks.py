@@ -30,8 +30,8 @@ class Choice:
 
 CHOICES: dict[str, Choice] = {
     "v4": Choice(
-        causal=(Blocks(512, 512, 256, 2), Blocks(512, 256, 256, 1)),
-        packed=(Blocks(512, 256, 256, 2), Blocks(512, 256, 256, 1)),
+        causal=(Blocks(1024, 512, 256, 2), Blocks(512, 512, 256, 2)),
+        packed=(Blocks(512, 256, 256, 2), Blocks(512, 256, 256, 2)),
         vit=(4, 2, 320, 640),
         decode=2048,
         decode_int8=16384,
