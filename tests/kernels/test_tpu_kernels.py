@@ -106,7 +106,7 @@ def test_flash(length, heads, head_dim, mxu):
     shapes = ((2, length, heads[0], head_dim), *[(2, length, heads[1], head_dim)] * 2)
     steps = flash_steps(mxu)
 
-    @drawn
+    @settings(drawn, max_examples=4)
     @given(st.lists(packed(length), min_size=2, max_size=2), st.sampled_from([0.1, 1, 3]))
     def on_layouts(layouts, scale):
         segments = np.stack(layouts)

@@ -1,7 +1,7 @@
 """Block sizes per generation of TPU, by the cycles that `benchmarks/kernels.py tune` counts.
 
 Those of `decode` are what it chose on every generation. The others' are the best of sweeps by hand on v5e and
-v6e, and by analogy on v4 and v5p.
+v6e; of a few choices on v4, for the decoder; and by analogy elsewhere.
 """
 
 import dataclasses
