@@ -13,7 +13,7 @@ from jax.experimental.layout import Format, Layout
 
 from sg4v_jax.kernels.attention import attention
 from sg4v_jax.kernels.cycles import target
-from sg4v_jax.kernels.decoding import CACHE_AXES
+from sg4v_jax.kernels.decoding import CACHE_AXES, decode_attention
 from sg4v_jax.models.cache import KVCache
 from sg4v_jax.models.config import TextConfig
 from sg4v_jax.models.llama import Llama
@@ -69,6 +69,16 @@ def test_compiles(generation):
     assert "flash_forward" in text and "flash_backward" in text
     text = compiled(generation, one, gradient(causal=False), *[heads(2, 577, 4, 64)] * 3)
     assert "vit_forward" in text and "vit_backward" in text
+    new = (4, 32, 128), ("batch", "heads", "head_dim"), jnp.bfloat16
+    lengths = (4,), ("batch",), jnp.int32
+    for dtype in (jnp.bfloat16, jnp.int8):
+        cache = (2, 4, 1, 512 * 32, 128), CACHE_AXES, dtype
+        scales = [] if dtype == jnp.bfloat16 else [((2, 4, 1, 512 * 32), CACHE_AXES[:4], jnp.float32)] * 2
+
+        def step(*x):
+            return decode_attention(*x[:5], jnp.int32(1), x[5], x[6:] or None)
+
+        assert "tpu_custom_call" in compiled(generation, one, step, *[new] * 3, cache, cache, lengths, *scales)
 
 
 def test_long_rows_fit_into_memory():

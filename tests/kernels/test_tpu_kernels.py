@@ -106,7 +106,7 @@ def test_flash(length, heads, head_dim, mxu):
     shapes = ((2, length, heads[0], head_dim), *[(2, length, heads[1], head_dim)] * 2)
     steps = flash_steps(mxu)
 
-    @drawn
+    @settings(drawn, max_examples=4)
     @given(st.lists(packed(length), min_size=2, max_size=2), st.sampled_from([0.1, 1, 3]))
     def on_layouts(layouts, scale):
         segments = np.stack(layouts)
@@ -139,7 +139,7 @@ def test_flash_in_chunks_of_keys_and_two_programs_per_key_head():
 
 @pytest.mark.parametrize(
     ("length", "heads"),
-    [(150, (2, 64)), (130, (4, 32)), (40, (1, 128)), (7, (3, 8)), (50, (16, 72)), (130, (8, 80))],
+    [(150, (2, 64)), (40, (1, 128)), (7, (3, 8)), (50, (16, 72)), (130, (8, 80))],
 )
 def test_vision(length, heads, monkeypatch):
     """Heads that share registers, fill one, lie in two or are moved; rows in one tile and in several."""

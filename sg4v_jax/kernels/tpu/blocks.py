@@ -1,7 +1,7 @@
 """Block sizes per generation of TPU, by the cycles that `benchmarks/kernels.py tune` counts.
 
 Those of `decode` are what it chose on every generation. The others' are the best of sweeps by hand on v5e and
-v6e, and by analogy on v4 and v5p.
+v6e; of a few choices on v4, for the decoder; and by analogy elsewhere.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ class Choice:
 
 CHOICES: dict[str, Choice] = {
     "v4": Choice(
-        causal=(Blocks(512, 512, 256, 2), Blocks(512, 256, 256, 1)),
-        packed=(Blocks(512, 256, 256, 2), Blocks(512, 256, 256, 1)),
+        causal=(Blocks(1024, 512, 256, 2), Blocks(512, 512, 256, 2)),
+        packed=(Blocks(512, 256, 256, 2), Blocks(512, 256, 256, 2)),
         vit=(4, 2, 320, 640),
         decode=2048,
         decode_int8=16384,

@@ -160,7 +160,7 @@ def attention(
       The attended values, in the dtype of `query`.
     """
     batch, length, heads, head_dim = query.shape
-    operands = (query, key, value)
+    operands: tuple[Array, ...] = (query, key, value)
     if not fits(settings, query.shape, query.dtype.itemsize):
         padding = -head_dim % LANES
         operands = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))) for x in operands)
