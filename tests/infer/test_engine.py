@@ -256,7 +256,7 @@ def test_requests_are_pulled_as_they_are_needed(pair: Pair) -> None:
 def test_the_device_is_ahead_and_changes_its_slots_in_place(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next steps are on the device before the last ones' tokens are read, and take over the cache."""
+    """Next steps are on the device before the last ones' tokens are read; the cache is donated to them."""
     started, read, ahead = 0, 0, []
     device, decode, look = pair.engine._device, pair.engine._device.decode, _Run._read
 
