@@ -78,7 +78,9 @@ def test_compiles(generation):
         def step(*x):
             return decode_attention(*x[:5], jnp.int32(1), x[5], x[6:] or None)
 
-        assert "tpu_custom_call" in compiled(generation, one, step, *[new] * 3, cache, cache, lengths, *scales)
+        assert "tpu_custom_call" in compiled(
+            generation, one, step, *[new] * 3, cache, cache, lengths, *scales
+        )
 
 
 def test_long_rows_fit_into_memory():
