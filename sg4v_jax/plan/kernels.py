@@ -11,9 +11,9 @@ from sg4v_jax.plan.topology import CHIPS
 _NAMES = ("flash_forward", "flash_backward", "vit_forward", "vit_backward", "decode")
 # Of the chip's peak, or of its memory's bandwidth for `decode`: rows of two samples of 1024 positions,
 # images of 577, caches of 2048. v5e was counted at these shapes; the others are scaled from it by the table
-# of docs/kernels.md, and v4's decoding is a guess.
+# of docs/kernels.md.
 SHARES = {
-    "v4": dict(zip(_NAMES, (0.36, 0.31, 0.28, 0.36, 0.90), strict=True)),
+    "v4": dict(zip(_NAMES, (0.31, 0.29, 0.26, 0.36, 0.99), strict=True)),
     "v5e": dict(zip(_NAMES, (0.48, 0.58, 0.38, 0.39, 0.98), strict=True)),
     "v5p": dict(zip(_NAMES, (0.48, 0.42, 0.40, 0.40, 0.99), strict=True)),
     "v6e": dict(zip(_NAMES, (0.18, 0.25, 0.13, 0.16, 0.99), strict=True)),
