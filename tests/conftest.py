@@ -1,6 +1,7 @@
 """What all tests share: checked shape annotations, and a small world with its dataset and tokenizer."""
 
 import dataclasses
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -13,7 +14,16 @@ import pytest
 # Tests compile far longer than they compute: compile quickly, and the same program only once in a
 # session. Before JAX starts; child processes inherit it.
 _compiled = tempfile.TemporaryDirectory(prefix="sg4v-tests-")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+_flags = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # The newer emitters take several times as long to compile. JAX 0.12 has no others, and a flag that it
+    # doesn't know ends the process.
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags])
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
