@@ -295,7 +295,7 @@ def test_nonfinite_steps_change_nothing(
     small_config.profile.update({"first_step": 1, "num_steps": 1})
     calls = poisoned(monkeypatch, (2, 3, 5))
     # Of what is only watched, nothing can be written: the run goes on, and says it once.
-    watched = ("goodput.tmp", first_batch.FILE_NAME, profiler.DIRECTORY)
+    watched = (f".{goodput.FILE_NAME}.{os.getpid()}.partial", first_batch.FILE_NAME, profiler.DIRECTORY)
     for name in watched[:2]:
         (tmp_path / name).mkdir()
     (tmp_path / watched[2]).touch()
