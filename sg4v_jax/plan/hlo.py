@@ -115,7 +115,7 @@ class Module:
         known = re.search(r'known_trip_count"?[=:]\s*\{"?n"?[=:]"?(\d+)', instruction.attributes)
         if known:
             return int(known[1])
-        # A counter from zero that is compared with a constant, and grows by a constant.
+        # A counter that is compared with a constant, and grows by a constant.
         lines = {line.name: line for line in self.computations[instruction.called("condition")[0]]}
         test = next((line for line in lines.values() if line.root), None)
         if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
@@ -125,7 +125,20 @@ class Module:
         index = _index(counter)
         if limit is None or index is None:
             return None
-        return -(-limit // self._step(instruction.called("body")[0], index))
+        rest = limit - self._first(instruction, index)
+        return -(-rest // self._step(instruction.called("body")[0], index))
+
+    def _first(self, loop: Instruction, index: int) -> int:
+        """Where a loop's counter begins; 0 if it can't be told. Loops with steps peeled off begin later."""
+        around = next(lines for lines in self.computations.values() if any(line is loop for line in lines))
+        lines = {line.name: line for line in around}
+        line = lines.get(loop.operands[0])
+        if line is None or line.opcode != "tuple":
+            return 0
+        line = lines.get(line.operands[index])
+        while line is not None and line.opcode in ("copy", "bitcast"):
+            line = lines.get(line.operands[0])
+        return _value(line) or 0
 
     def _step(self, body: str, index: int) -> int:
         """What a loop's body adds to a counter; 1 if it can't be told. Unrolled loops add more than 1."""

@@ -61,7 +61,7 @@ def test_a_repeated_start_is_the_same_job(machine: Machine) -> None:
     """gcloud runs a command again if its connection fails, whether or not it had run."""
     for _ in range(3):
         machine("start", "one", "--", "bash", "-c", "echo started; sleep 60")
-    assert machine("logs", "--job=one") in ([], [["@3", "1", "started"]])
+    until(lambda: machine("logs", "--job=one") == [["@3", "1", "started"]])
     second = machine.popen("start", "two", "--", "true")
     assert "job one is running; stop it first" in second.communicate()[1] and second.returncode == 1
     assert machine("stop") == [["@3", "exit", "143"]]

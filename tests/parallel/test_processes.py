@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from sg4v_jax.__main__ import main
 from sg4v_jax.convert.orbax import CHECKPOINTS
 from sg4v_jax.parallel.shares import interleave
-from sg4v_jax.train import first_batch, metrics, writers
+from sg4v_jax.train import first_batch, goodput, metrics, writers
 from sg4v_jax.world import WorldFiles
 from tests.conftest import TinyWorld
 from tests.parallel.test_distributed import free_port
@@ -50,6 +51,7 @@ class Said(NamedTuple):
     out: str
     err: str
     written: set[pathlib.Path]
+    """Files that appear whole are here under their names, not under that of their making."""
 
     def below(self, directory: pathlib.Path) -> list[pathlib.Path]:
         """What it wrote there."""
@@ -94,7 +96,8 @@ def run_processes(commands: Sequence[list[str]], count: int, devices: int, **env
         assert codes == [0] * count, "\n".join(err[-2000:] for err in errors)
         for index, err in enumerate(errors):
             lines = (folder / f"{index}.out").read_text().splitlines(keepends=True)
-            written = map(pathlib.Path, (folder / f"{index}.written").read_text().splitlines())
+            lines = (folder / f"{index}.written").read_text().splitlines()
+            written = (pathlib.Path(re.sub(r"/\.([^/]+)\.\d+\.partial$", r"/\1", line)) for line in lines)
             out = "".join(line for line in lines if "peer ranks" not in line)
             said.append(Said(out, err, set(written)))
     return said
@@ -124,8 +127,8 @@ def test_training(alone: pathlib.Path, tiny_world: TinyWorld, tmp_path: pathlib.
     assert f"{four}: done, loss" in said[0].out and "trainable and" in said[0].err
     # The others write nothing but their part of checkpoints, and of what they do they say nothing.
     names = {path.parts[0] for path in said[0].below(four)}
-    expected = {metrics.FILE_NAME, "goodput.tmp", first_batch.FILE_NAME, writers.TENSORBOARD}
-    assert names > expected | {".config.json.partial"}
+    expected = {metrics.FILE_NAME, goodput.FILE_NAME, first_batch.FILE_NAME, writers.TENSORBOARD}
+    assert names > expected | {"config.json"}
     for other in said[1:]:
         assert other.out == "" and "trainable and" not in other.err and "used" not in other.err
         assert {path.parts[0] for path in other.below(four)} <= {CHECKPOINTS}
@@ -171,7 +174,7 @@ def test_evaluating_and_captioning(
     (first, second) = run_processes(commands(two), 2, 2)
     # The second writes its answers and captions, of which the first makes the rest. Who comes first describes
     # the run.
-    own = ("captions/work", "scores/world/answers-001-of-002.", "scores/world/run.json.")
+    own = ("captions/work", "scores/world/answers-001-of-002.", "scores/world/run.json")
     assert second.out == "" and all(os.fspath(path).startswith(own) for path in second.below(two))
     made = {os.fspath(path).partition(".")[0] for path in first.below(two)}
     assert made > {"answers", "scores/world/scores", "scores/world/samples"}

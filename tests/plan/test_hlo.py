@@ -46,15 +46,20 @@ LAYERS = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (p: (s32[], bf16[8,64], bf16[32,64,256])) -> (s32[], bf16[8,64], bf16[32,64,256]) {
   %p = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[32,64,256]{2,1,0}) parameter(0)
-  ROOT %loop = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[32,64,256]{2,1,0}) while(%p), condition=%condition, body=%body
+  %first = s32[]{:T(128)} constant(FIRST)
+  %copy.1 = s32[]{:T(128)} copy(%first)
+  %x.0 = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1
+  %w.0 = bf16[32,64,256]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
+  %start = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[32,64,256]{2,1,0}) tuple(%copy.1, %x.0, %w.0)
+  ROOT %loop = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[32,64,256]{2,1,0}) while(%start), condition=%condition, body=%body
 }
 """
 
 
-@pytest.mark.parametrize(("step", "trips"), [(1, 32), (2, 16), (3, 11)])
-def test_loops_count_their_trips(step: int, trips: int) -> None:
-    """An unrolled loop's counter grows by more than one."""
-    module = hlo.parse(LAYERS.replace("STEP", str(step)))
+@pytest.mark.parametrize(("first", "step", "trips"), [(0, 1, 32), (0, 2, 16), (0, 3, 11), (1, 1, 31)])
+def test_loops_count_their_trips(first: int, step: int, trips: int) -> None:
+    """An unrolled loop's counter grows by more than one, one with a step peeled off begins with one."""
+    module = hlo.parse(LAYERS.replace("STEP", str(step)).replace("FIRST", str(first)))
     assert module.entry == "main"
     assert module.runs()["body"] == module.runs()["slice_and_multiply"] == trips
     assert module.unknown_loops() == []
@@ -69,13 +74,13 @@ def test_a_layer_of_a_stack_is_all_that_is_read() -> None:
     """64 x 256 of 32 x 64 x 256, and the product is written; what lies in VMEM costs nothing."""
     reduced = 2 * 0  # The all-reduce's result lies in VMEM.
     each = 64 * 256 * 2 + 8 * 256 * 2 + 4 + reduced
-    moved = work(hlo.parse(LAYERS.replace("STEP", "1"))).hbm_bytes
+    moved = work(hlo.parse(LAYERS.replace("STEP", "1").replace("FIRST", "0"))).hbm_bytes
     # Scalars of the counter are a few bytes a trip.
     assert 32 * each <= moved <= 32 * (each + 64)
 
 
 def test_a_loop_whose_length_is_data_is_named() -> None:
-    text = LAYERS.replace("STEP", "1").replace("constant(32)", "parameter(1)")
+    text = LAYERS.replace("STEP", "1").replace("FIRST", "0").replace("constant(32)", "parameter(1)")
     assert hlo.parse(text).unknown_loops() == ["loop"]
 
 
