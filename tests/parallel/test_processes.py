@@ -96,8 +96,8 @@ def run_processes(commands: Sequence[list[str]], count: int, devices: int, **env
         assert codes == [0] * count, "\n".join(err[-2000:] for err in errors)
         for index, err in enumerate(errors):
             lines = (folder / f"{index}.out").read_text().splitlines(keepends=True)
-            lines = (folder / f"{index}.written").read_text().splitlines()
-            written = (pathlib.Path(re.sub(r"/\.([^/]+)\.\d+\.partial$", r"/\1", line)) for line in lines)
+            names = (folder / f"{index}.written").read_text().splitlines()
+            written = (pathlib.Path(re.sub(r"/\.([^/]+)\.\d+\.partial$", r"/\1", name)) for name in names)
             out = "".join(line for line in lines if "peer ranks" not in line)
             said.append(Said(out, err, set(written)))
     return said
