@@ -316,10 +316,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--captions", type=int, default=384)
+    parser.add_argument("--captions", type=int, default=768)
     parser.add_argument("--their-captions", type=int, default=24, help="the first of them, for transformers")
     parser.add_argument("--mean-tokens", type=float, default=180)
-    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--capacity", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bulk", type=int, default=1000, help="captions of the run that measures occupancy")
