@@ -11,20 +11,21 @@ import difflib
 
 from ml_collections import ConfigDict
 
-# Slice: chips (the number in the names of v4 and v5p counts cores), remat policy of 7B and of 13B.
-PODS = {
-    "v4-32": (16, "attention", "full"),
-    "v4-64": (32, "mlp", "attention"),
-    "v5e-64": (64, "projections", "attention"),
-    "v5e-256": (256, "projections", "projections"),
-    "v5p-32": (16, "projections", "projections"),
-    "v5p-128": (64, "projections", "projections"),
-    "v6e-32": (32, "mlp", "attention"),
-    "v6e-256": (256, "projections", "projections"),
-}
-
 # Most ways of `fsdp`.
 FSDP = 32
+
+# Slice: chips (the number in the names of v4 and v5p counts cores), most ways of `fsdp`, remat policy of 7B
+# and of 13B. The memory of v6e can't follow the program for 32 ways of a slice of 32 chips.
+PODS = {
+    "v4-32": (16, FSDP, "attention", "full"),
+    "v4-64": (32, FSDP, "mlp", "attention"),
+    "v5e-64": (64, FSDP, "projections", "attention"),
+    "v5e-256": (256, FSDP, "projections", "projections"),
+    "v5p-32": (16, FSDP, "projections", "projections"),
+    "v5p-128": (64, FSDP, "projections", "projections"),
+    "v6e-32": (32, 16, "mlp", "attention"),
+    "v6e-256": (256, FSDP, "projections", "projections"),
+}
 
 
 def split(arg: str) -> tuple[str, str]:
@@ -46,14 +47,14 @@ def split(arg: str) -> tuple[str, str]:
 def place(config: ConfigDict, size: str, pod: str) -> ConfigDict:
     """The config with the slice's rows, mesh and remat policy; as it was without a slice."""
     if pod:
-        chips, *policies = PODS[pod]
+        chips, ways, *policies = PODS[pod]
         data, mesh = config.data, config.mesh
         while data.batch_size < chips and data.seq_len > data.max_tokens:
             data.batch_size *= 2
             data.seq_len = max(data.seq_len // 2, data.max_tokens)
             data.image_slots //= 2
         parts = min(chips, data.batch_size)
-        mesh.fsdp = min(parts, FSDP)
+        mesh.fsdp = min(parts, ways)
         mesh.data = parts // mesh.fsdp
         mesh.tensor = chips // parts
         config.train.remat = policies[size == "13b"]
