@@ -60,7 +60,7 @@ def failure(error: OutOfMemory, topology: Topology) -> str:
 
 _ADVICE = """what helps:
   saved activations ([layers, rows, length, width]): config.train.remat=full, config.train.accumulate
-  logits ([rows, chunk, vocabulary]): a smaller config.train.loss_chunk
+  logits ([rows, length, chunk]): a smaller config.train.loss_chunk
   weights and optimizer: more ways of config.mesh.fsdp or config.mesh.tensor
   or let --search look for what fits"""
 

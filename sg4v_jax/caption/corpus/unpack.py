@@ -3,11 +3,11 @@
 import collections
 import os
 import pathlib
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sg4v_jax import atomic
 from sg4v_jax.caption.corpus.inputs import MAX_IMAGE_BYTES, Corpus
 from sg4v_jax.data.defects import allowed_bad
 from sg4v_jax.data.image import ImageError
@@ -68,18 +68,6 @@ def unpack(
             counts[THERE] += 1
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, image.data)
+        atomic.write(path, image.data)
         counts[WRITTEN] += 1
     return counts
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unpack", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

@@ -47,7 +47,7 @@ def test_captions_of_archives_are_trained_on(
         found, (data,) = decode_example(dataset[index], "pt", index)
         assert found.turns[1].text == record["conversations"][1]["value"]
         assert data == (root / record["image"][2 * (form == "tar") :]).read_bytes()
-    assert not list(photos.rglob(".unpack*"))
+    assert not list(photos.rglob(".*.partial"))
 
 
 def test_what_is_not_unpacked(tmp_path: pathlib.Path) -> None:
