@@ -127,7 +127,8 @@ def turns(config: ConfigDict, tokenizer: Tokenizer, workdir: pathlib.Path, round
                     with recorder.waiting(DATA):
                         pass
                     recorder.see(step, batch, tokenizer)
-                    recorder.add(step, watched.take(batch), 0, log_now=False)
+                    recorder.add(watched.take(batch))
+                    recorder.log(step, 0, {})
 
             bare_turn(), watched_turn()  # Compile.
             found = []

@@ -154,7 +154,7 @@ def make_rows(samples: Sequence[Sample], positions: int, *, packing: bool) -> Ro
     # The packer's last rows are what was left as the samples ran out; a long run hardly sees any.
     typical = (rows[:-WINDOW] if packing else rows) or rows
     useful = statistics.mean(sum(len(sample["tokens"]) for sample in row) for row in typical)
-    batch = from_rows(rows[:count], length, slots)
+    batch = from_rows(rows[:count], length, slots, samples[0]["images"].shape[1])
     return Rows(batch, useful * count)
 
 

@@ -140,6 +140,12 @@ def base(size: str) -> ConfigDict:
     config.train.nonfinite = "skip"
     config.train.nonfinite_in_a_row = 10
 
+    # Every so many steps (0: never) and after the last, the loss on records of another dataset, which is as
+    # in `data.sources`: the first `num_records` in an order of its own (0: all).
+    config.validation = ConfigDict({"every": 0, "directory": "", "num_records": 512})
+    for field in ("template", "prompt", "aspect"):
+        config.validation[field] = config_dict.placeholder(str)
+
     # `metrics.jsonl` is always written. Peak FLOP/s of a device are for MFU; 0 looks them up.
     config.metrics = ConfigDict({"tensorboard": False, "wandb_project": "", "peak_flops": 0.0})
     config.profile = ConfigDict({"first_step": 0, "num_steps": 0})  # a trace of no steps

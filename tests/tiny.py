@@ -126,7 +126,7 @@ def packed(samples: list[dict], *, length: int, slots: int, packing: bool = True
     size = lambda sample: (len(sample["tokens"]), len(sample["images"]))  # noqa: E731
     window = len(samples) if packing else 1
     rows = pack(samples, size, length=length, image_slots=slots, window=window)
-    return from_rows(list(rows), length, slots)
+    return from_rows(list(rows), length, slots, samples[0]["images"].shape[1])
 
 
 def random_batch(config: ModelConfig, rows: int, *, length: int = 40, slots: int = 2, seed: int = 0) -> Batch:

@@ -50,19 +50,22 @@ def kind_names(sources: Iterable[str]) -> list[tuple[str, str]]:
     return [(source, modality) for source in sorted(sources) for modality in MODALITIES]
 
 
-def from_rows(rows: Sequence[Sequence[Mapping[str, np.ndarray]]], length: int, image_slots: int) -> Batch:
+def from_rows(
+    rows: Sequence[Sequence[Mapping[str, np.ndarray]]], length: int, image_slots: int, image_size: int
+) -> Batch:
     """A batch of numpy arrays, from the samples of each row.
 
     Args:
-      rows: samples as from `data.sample.make_sample`, which fit into a row together. `source` is the
-        number of a sample's source, 0 if it isn't there.
+      rows: samples as from `data.sample.make_sample`, which fit into a row together; a row without any is
+        padding. `source` is the number of a sample's source, 0 if it isn't there.
       length: tokens per row.
       image_slots: images per row.
+      image_size: their side in pixels.
     """
     shape = (len(rows), length)
     tokens, targets, positions, segment_ids, kinds = (np.zeros(shape, np.int32) for _ in range(5))
     loss_weights, is_image = np.zeros(shape, np.float32), np.zeros(shape, bool)
-    images = np.zeros((len(rows), image_slots, *rows[0][0]["images"].shape[1:]), np.uint8)
+    images = np.zeros((len(rows), image_slots, image_size, image_size, 3), np.uint8)
     for r, row in enumerate(rows):
         start = slot = 0
         for segment, sample in enumerate(row, start=1):

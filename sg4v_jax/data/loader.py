@@ -187,7 +187,8 @@ class BatchIterator(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         rows = [[self._sample(element) for element in row] for row in self.next_rows()]
-        return from_rows(rows, self._config.form.length, self._config.form.image_slots)
+        form = self._config.form
+        return from_rows(rows, form.length, form.image_slots, form.image_size)
 
     def next_rows(self) -> list[list[Element]]:
         """What the next batch is made of."""

@@ -30,7 +30,8 @@ from sg4v_jax.train.setup import (
     resume_or_start,
     set_up,
 )
-from sg4v_jax.train.timeline import DATA, SAVE, Timeline
+from sg4v_jax.train.timeline import DATA, EVAL, SAVE, Timeline
+from sg4v_jax.train.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         contextlib.ExitStack() as stack,
     ):
         setup = set_up(config, model, mesh, num_steps)
+        validation = Validation(config, setup, tokenizer, mesh, num_steps)
         checkpointer = Checkpointer(workdir, **_checkpoint_options(config))
         first_step, trainable, opt_state, frozen = resume_or_start(
             setup, config, checkpointer, batches, loader.resharded
@@ -90,8 +92,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
             last = step + 1 == num_steps
             given_up = skipped.add(step, step_metrics, batch, data_state)
             data_state = batches.get_state()
-            numbers: dict[str, Any] = {**step_metrics, "skipped_steps": skipped.total}
-            recorder.add(step, numbers, dropped(data_state["counts"]), log_now=last)
+            recorder.add({**step_metrics, "skipped_steps": skipped.total})
+            found: dict[str, float] = {}
+            if validation.due(step + 1):
+                with recorder.waiting(EVAL):
+                    found = validation(trainable, frozen)
+            recorder.log(step, dropped(data_state["counts"]), found, now=last)
             preempted = not last and notice.reached(step + 1)
             if last or preempted or given_up or (step + 1) % config.checkpoint.every == 0:
                 given_up = skipped.finish() or given_up

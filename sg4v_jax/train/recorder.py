@@ -102,22 +102,25 @@ class Recorder:
             with self._outages.survived(self._workdir / first_batch.FILE_NAME, "it is left out"):
                 first_batch.write(self._workdir, batch, tokenizer, features)
 
-    def add(self, step: int, values: dict[str, Any], skipped: int, *, log_now: bool) -> None:
-        """Counts a step whose results, `values`, may not be there yet; reads and writes them when it is due.
-
-        Args:
-          step: which.
-          values: the step's metrics, and whatever else is to be written of it.
-          skipped: records that this process has left out so far.
-          log_now: whether they are due in any case.
-        """
+    def add(self, values: dict[str, Any]) -> None:
+        """Counts a step whose metrics, and whatever else is to be written of it, may not be there yet."""
         self._timeline.handed_over(values["loss"])
         self._window.append(values)
-        if log_now or (step + 1) % self._config.train.log_every == 0:
+
+    def log(self, step: int, skipped: int, validation: Mapping[str, float], *, now: bool = False) -> None:
+        """Reads and writes the numbers of the steps since the last line, if they are due.
+
+        Args:
+          step: the last of them.
+          skipped: records that this process has left out so far.
+          validation: what `train.validation` found after the step; if anything, they are due.
+          now: whether they are due in any case.
+        """
+        if now or validation or (step + 1) % self._config.train.log_every == 0:
             # Reading a number waits for the device, so it happens only here.
             window = jax.device_get(self._window)
             self._timeline.settle()
-            self._write(step, window, skipped)
+            self._write(step, window, skipped, validation)
             self._window.clear()
             self._from_steps, self._from_seconds = self._timeline.steps, dict(self._timeline.seconds)
             self._timeline.durations.clear()
@@ -165,7 +168,9 @@ class Recorder:
             opened.append(writers.WeightsAndBiases(self._workdir, config.metrics.wandb_project, fields))
         return opened
 
-    def _write(self, step: int, window: list[dict[str, Any]], skipped: int) -> None:
+    def _write(
+        self, step: int, window: list[dict[str, Any]], skipped: int, validation: Mapping[str, float]
+    ) -> None:
         memory = memory_in_use()
         # What differs between processes. All come by here after the same step.
         data = self._timeline.seconds[DATA] - self._from_seconds[DATA]
@@ -175,6 +180,7 @@ class Recorder:
         values = {
             **self._of_step(step, window[-1]),
             **losses_by_kind(window, self._kinds),
+            **validation,
             "skipped_records": int(skips),
             **self._speed(window, float(waited)),
             **{f"memory/{name}": float(value) for name, value in memory.items()},

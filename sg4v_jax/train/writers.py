@@ -101,7 +101,9 @@ class Console:
         """Shows the numbers of one step."""
         left = (self._num_steps - step - 1) * values["speed/step_seconds"]
         text = (
-            f"loss {values['loss']:.4f}, {_short(values['speed/tokens_per_second'])} tokens/s"
+            f"loss {values['loss']:.4f}"
+            + (f" ({found:.4f} held out)" if (found := values.get("validation/loss")) else "")
+            + f", {_short(values['speed/tokens_per_second'])} tokens/s"
             + (f", MFU {100 * values['speed/mfu']:.1f} %" if "speed/mfu" in values else "")
             + f", {tqdm.tqdm.format_interval(left)} left"
         )

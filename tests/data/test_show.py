@@ -38,7 +38,7 @@ def batch(small_tokenizer: Tokenizer) -> Batch:
         ],
         [sample(1, EVIL, [EVIL])],
     ]
-    return from_rows(rows, FORM.length, FORM.image_slots)
+    return from_rows(rows, FORM.length, FORM.image_slots, FORM.image_size)
 
 
 def test_spans_are_the_samples(batch: Batch, small_tokenizer: Tokenizer) -> None:

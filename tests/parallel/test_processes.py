@@ -38,11 +38,14 @@ CONFIG = {
     "train.num_steps": STEPS,
     "checkpoint.every": RESUMED_AT,
     "checkpoint.keep": STEPS,
+    "validation.every": RESUMED_AT,
+    "validation.num_records": 6,  # A batch and a half: the last process of four has no row in the second.
 }
 
 
 def train_argv(world: TinyWorld, workdir: pathlib.Path, **mesh: int) -> list[str]:
-    return small_argv(world, workdir, CONFIG | {f"mesh.{axis}": size for axis, size in mesh.items()})
+    meshed = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    return small_argv(world, workdir, CONFIG | meshed | {"validation.directory": world.captions})
 
 
 class Said(NamedTuple):
@@ -104,9 +107,11 @@ def run_processes(commands: Sequence[list[str]], count: int, devices: int, **env
 
 
 def losses(workdir: pathlib.Path) -> list[float]:
+    """Of all steps, then held out."""
     lines = metrics.read(workdir / metrics.FILE_NAME)
     assert [line["step"] for line in lines] == list(range(STEPS))
-    return [line["loss"] for line in lines]
+    held_out = [line["validation/loss"] for line in lines if (line["step"] + 1) % RESUMED_AT == 0]
+    return [line["loss"] for line in lines] + held_out
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +139,7 @@ def test_training(alone: pathlib.Path, tiny_world: TinyWorld, tmp_path: pathlib.
         assert {path.parts[0] for path in other.below(four)} <= {CHECKPOINTS}
     for _, err, _ in said:
         assert err.count("Finished XLA compilation of jit(train_step)") == 1
+        assert err.count("Finished XLA compilation of jit(loss)") == 1
 
     shutil.copytree(four, two)
     shutil.rmtree(two / CHECKPOINTS / str(STEPS))

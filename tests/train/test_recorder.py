@@ -24,9 +24,9 @@ from tests.conftest import TinyWorld
 from tests.train.events import scalars
 from tests.train.test_resume import run_config
 
-STEPS, EVERY, SAVED, KILLED_IN = 8, 2, 3, 5
+STEPS, EVERY, SAVED, KILLED_IN, VALIDATED = 8, 2, 3, 5, 5
 # Of the run after the restart: the logged steps, and the steps that each line is of.
-WINDOWS = {1: (0, 1), 3: (3,), 5: (4, 5), 7: (6, 7)}
+WINDOWS = {1: (0, 1), 3: (3,), 4: (4,), 5: (5,), 7: (6, 7)}
 PEAK = 1e11
 PROFILED = (5, 6)
 
@@ -84,6 +84,9 @@ def mixture_config(world: TinyWorld) -> ConfigDict:
         config.checkpoint.every = SAVED
         config.optim.groups = (("vision/.*", None), ("projector/.*", 0.5), (".*", 1.0))
         config.metrics.update({"tensorboard": True, "wandb_project": "share", "peak_flops": PEAK})
+        # Due after the fifth step and the last; a line of its own where none is due.
+        held_out = {"every": VALIDATED, "directory": str(world.mix), "num_records": 12}
+        config.validation.update(held_out)
         config.profile.update({"first_step": PROFILED[0], "num_steps": len(PROFILED)})
     return config
 
@@ -201,7 +204,7 @@ def test_speeds_follow_from_the_step_time(run: Run, tiny_world: TinyWorld) -> No
 @pytest.mark.slow
 def test_goodput_over_the_restart(run: Run) -> None:
     lines, killed = run.first
-    assert [line["step"] for line in lines] == [1, 3]
+    assert [line["step"] for line in lines] == [1, 3, 4]
     state = json.loads((run.workdir / goodput.FILE_NAME).read_text())
     assert (state["starts"], state["step"]) == (2, STEPS)
     # What the killed start had logged after the checkpoint it is gone on with from.
@@ -210,7 +213,7 @@ def test_goodput_over_the_restart(run: Run) -> None:
     assert lost > 0
     np.testing.assert_allclose(state["seconds"]["lost"], lost)
     assert state["seconds"]["init"] > killed["seconds"]["init"] > 0
-    assert state["seconds"]["profile"] > 0 == state["seconds"]["eval"]
+    assert state["seconds"]["profile"] > 0 < state["seconds"]["eval"]
     # Nothing twice: some of the time is left out, of what the killed start did not come to write.
     assert killed["seconds"]["init"] < sum(state["seconds"].values()) <= run.seconds
     last = run.lines[STEPS - 1]
@@ -236,8 +239,8 @@ def test_wandb_goes_on_with_the_same_run(run: Run) -> None:
     assert first["id"] == second["id"] == (run.workdir / "wandb_id").read_text()
     assert (first["project"], second["resume"], first["dir"]) == ("share", "allow", str(run.workdir))
     assert first["config"]["stage"] == "finetune"
-    assert [step for step, _ in run.wandb.logged] == [1, 3, 3, 5, 7]
-    for step, values in run.wandb.logged[2:]:
+    assert [step for step, _ in run.wandb.logged] == [1, 3, 4, 3, 4, 5, 7]
+    for step, values in run.wandb.logged[3:]:
         assert {"step": step, **values} == run.lines[step]
     assert run.wandb.finished == 1
 
