@@ -5,6 +5,7 @@ import contextlib
 import logging
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from sg4v_jax.data import packing
 from sg4v_jax.data.batch import Batch, from_rows
@@ -76,7 +77,7 @@ class HeldOut:
                 form = config.form
                 yield from_rows(rows, form.length, form.image_slots, form.image_size)
 
-    def _samples(self, elements: Elements, row: Sequence[int]) -> list[dict[str, object]]:
+    def _samples(self, elements: Elements, row: Sequence[int]) -> list[dict[str, Any]]:
         samples = []
         for _ in row:
             element = next(elements)

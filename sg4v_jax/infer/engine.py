@@ -85,7 +85,7 @@ class Engine:
         if bundle.tokenizer_file is None:
             raise ValueError("the model directory holds no tokenizer.model; put the model's own there")
         self.bundle, self.tokenizer = bundle, Tokenizer(bundle.tokenizer_file)
-        ways = rules.batch_ways(mesh)
+        ways = rules.ways("batch", mesh)
         each = ways * num_beams
         self.slots = -(-slots // each) * each
         capacity = min(capacity, bundle.config.text.max_positions)

@@ -72,8 +72,3 @@ def parts(axis: str, size: int) -> int:
     if mesh.empty or not mesh.shape_tuple or size % ways(axis, mesh):
         return 1
     return ways(axis, mesh)
-
-
-def batch_ways(mesh: jax.sharding.Mesh) -> int:
-    """Devices that a batch is split over."""
-    return math.prod(mesh.shape[name] for name in RULES["batch"] or ())

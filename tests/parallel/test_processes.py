@@ -39,7 +39,7 @@ CONFIG = {
     "checkpoint.every": RESUMED_AT,
     "checkpoint.keep": STEPS,
     "validation.every": RESUMED_AT,
-    "validation.num_records": 6,  # A batch and a half: the last process of four has no row in the second.
+    "validation.num_records": 6,  # A batch and a half: of two readers one has no row of the second.
 }
 
 
