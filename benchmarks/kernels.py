@@ -95,7 +95,9 @@ def machine(generation: str) -> Any:
 def flash(case: Case, generation: str, cut: flash_plan.Blocks, back: bool) -> Report:
     """One direction of the decoder's kernel."""
     rows = bf16(case.batch, case.heads, case.length, case.head_dim)
-    problem = flash_plan.Problem.of(machine(generation), cut, rows, rows, backward=back)
+    problem = flash_plan.Problem.of(
+        machine(generation), cut, rows, rows, segmented=case.packed, backward=back
+    )
     operands: dict[tuple[str, int], np.ndarray] = {}
     segments = []
     if case.packed:

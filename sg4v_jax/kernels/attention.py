@@ -69,7 +69,7 @@ def attention(
 def _choose(call: Call, implementation: str) -> Callable[[Call], Array] | None:
     """The kernel to run, or None for the reference."""
     wanted = wanted_implementation(implementation)
-    if wanted == "reference":
+    if wanted == "reference" or not call.query.size:  # A kernel can't be run on nothing.
         return None
     if wanted == "cudnn":
         reason, run = gpu.refusal(call), gpu.attention

@@ -1,7 +1,5 @@
 """How fast a device could be: the denominator of MFU."""
 
-import jax
-
 # Dense bfloat16 FLOP/s of what JAX calls a device (a chip from TPU v4 on), by the start of its
 # `device_kind`; the longest that fits counts. From the vendors' pages (cloud.google.com/tpu/docs) and data
 # sheets.
@@ -18,7 +16,7 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device; None if it isn't known, as for every CPU."""
-    known = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a kind of device; None if it isn't known, as for every CPU."""
+    known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     return PEAK_FLOPS[max(known, key=len)] if known else None

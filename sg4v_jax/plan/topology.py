@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 
-from sg4v_jax.kernels.cycles.target import ENVIRONMENT
-from sg4v_jax.parallel.peaks import PEAK_FLOPS
+from sg4v_jax.kernels.cycles.target import ENVIRONMENT, GENERATIONS
 
 GIB = 2**30
 
@@ -55,13 +54,20 @@ class Chip:
         return self.ici_bandwidth / (2 * self.dims)
 
 
+def _chip(name: str, hbm_gib: float, ici_bandwidth: float, dcn_bandwidth: float, dims: int) -> Chip:
+    """A chip whose speed is that which the cycle counter goes by."""
+    known = GENERATIONS[name]
+    memory, speed = int(hbm_gib * GIB), (known.peak, known.bandwidth)
+    return Chip(name, memory, *speed, ici_bandwidth, dcn_bandwidth, dims, known.cores)
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", int(30.75 * GIB), PEAK_FLOPS["TPU v4"], 1228e9, 300e9, 6.25e9, 3, 2),
-        Chip("v5e", int(15.75 * GIB), PEAK_FLOPS["TPU v5e"], 819e9, 200e9, 3.125e9, 2, 1),
-        Chip("v5p", int(95.73 * GIB), PEAK_FLOPS["TPU v5"], 2765e9, 600e9, 6.25e9, 3, 2),
-        Chip("v6e", int(31.24 * GIB), PEAK_FLOPS["TPU v6"], 1638e9, 400e9, 12.5e9, 2, 1),
+        _chip("v4", 30.75, 300e9, 6.25e9, 3),
+        _chip("v5e", 15.75, 200e9, 3.125e9, 2),
+        _chip("v5p", 95.73, 600e9, 6.25e9, 3),
+        _chip("v6e", 31.24, 400e9, 12.5e9, 2),
     )
 }
 

@@ -68,7 +68,7 @@ class Recorder:
         multipliers = groups.assign(setup.shapes, config.optim.groups)
         trained = {path for path, multiplier in multipliers.items() if multiplier is not None}
         self._flops = model_flops(setup.model, setup.shapes, trained)
-        self._peak = config.metrics.peak_flops or peak_flops(jax.devices()[0])
+        self._peak = config.metrics.peak_flops or peak_flops(jax.devices()[0].device_kind)
         self._main = jax.process_index() == 0
         self._console = writers.Console(config.stage, first_step, num_steps) if self._main else None
         self._writers = self._open() if self._main else []

@@ -95,6 +95,8 @@ def test_the_device_chooses(kind, monkeypatch):
     assert (chosen is entry.gpu.attention) == kind.startswith("NVIDIA")
     integers = jax.numpy.zeros((2, 64, 4, 64), "int8")
     assert entry._choose(entry.Call(integers, integers, integers, True, None), "auto") is None
+    nothing = x[:0]
+    assert entry._choose(entry.Call(nothing, nothing, nothing, False, None), "auto") is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sg4v_jax.kernels.cycles import measure, operands, target
+from sg4v_jax.kernels.cycles import bundles, measure, operands, target
+from sg4v_jax.kernels.cycles.machine import Machine
 
 target.prepare()
 MATRIX = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
@@ -85,6 +86,23 @@ def test_an_elementwise_pass_takes_the_memory_its_time():
 def test_what_it_cannot_measure_is_an_error():
     with pytest.raises(ValueError, match="'v3' is not one of"):
         measure(lambda x: x, (MATRIX,), "v3")
+
+
+def test_the_runtimes_words_are_nobody_elses():
+    """A kernel among hundreds of allocations once found its number of the core counted up by the runtime."""
+    text = """
+        0   :  { %s3_s18 = reloc 4 }
+      0x1   :  { %s4_s20 = scalar_lea.smem [#allocation0], %s3_s18 }
+      0x2   :  { %5 = sst [smem:[%s4_s20]] 7 }
+      0x3   :  {}
+    """
+    program = bundles.parse("counts", {target.SCHEDULE: text})
+    machine = Machine(target.GENERATIONS["v5e"], {"counts": program}, {})
+    machine.run(program)
+    assert machine.issued == 4 and list(machine.memory.values()) == [7]
+    places = [machine.region("other", f"#allocation{i}") for i in range(1000)]
+    (written,) = machine.memory
+    assert not any(place <= written < place + (1 << 15) for place in places)
 
 
 def test_memory_images():

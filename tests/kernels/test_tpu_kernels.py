@@ -25,7 +25,7 @@ def machine(mxu=128, bf16_exp=False, vmem=4 << 20):
 
 
 def flash_settings(queries=256, keys=128, heads=2, **options):
-    blocks = flash_plan.Blocks(queries, keys, 128, heads)
+    blocks = flash_plan.Blocks(queries, keys, 128, 2 * heads)  # Half as many of float32.
     return flash_plan.Settings(blocks, blocks, machine(**options))
 
 
@@ -131,7 +131,7 @@ def test_flash_in_chunks_of_keys_and_two_programs_per_key_head():
         jax.ShapeDtypeStruct((1, 4, 768, 64), jnp.float32),
         jax.ShapeDtypeStruct((1, 1, 768, 64), jnp.float32),
     )
-    problem = flash_plan.Problem.of(small.machine, small.backward, *shapes, backward=True)
+    problem = flash_plan.Problem.of(small.machine, small.backward, *shapes, segmented=True, backward=True)
     assert problem.chunk == 256 and problem.heads.programs == 2
     ours = step(lambda *x: flash.attention(*x, small))
     check(ours, flash_steps(128)[1], operands, causal_mask(segments, 1, 768), jnp.asarray(segments))

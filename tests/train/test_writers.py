@@ -101,7 +101,7 @@ def test_memory_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_peaks(kind: str, peak: float | None) -> None:
-    assert peak_flops(SimpleNamespace(device_kind=kind)) == peak
+    assert peak_flops(kind) == peak
 
 
 def test_losses_by_kind_leave_out_what_did_not_come_by_and_what_is_not_finite() -> None:

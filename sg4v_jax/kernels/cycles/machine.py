@@ -13,6 +13,8 @@ from sg4v_jax.kernels.cycles.target import Generation
 WORD = 0xFFFFFFFF
 LATENCY = 0.45e-6
 """Seconds from a transfer's start to its first byte. Fitted to a published matmul timing on v5e."""
+_RUNTIME = 1 << 30
+"""Where the runtime's words lie in scalar memory, above all allocations: programs count in some of them."""
 # How a call gets its operands, and a register another's value, without computing anything.
 _RENAMES = ("sphi", "int_to_ptr")
 
@@ -177,7 +179,9 @@ class Machine:
 
     def region(self, program: str, name: str) -> int:
         """Address of an allocation."""
-        return self._regions.setdefault((program, name), (len(self._regions) + 1) << 15)
+        place = (len(self._regions) + 1) << 15
+        assert place < _RUNTIME
+        return self._regions.setdefault((program, name), place)
 
     def operand(self, program: str, index: int, space: str) -> int | None:
         """Value of a call's operand: a pointer, or a scalar itself."""
@@ -349,7 +353,7 @@ class _Decoder:
             return lambda: machine.operand(name, index, space)
         if kind in ("scalar_parameter_address", "reloc"):  # Words of the runtime: zero, e.g. tracing is off.
             number = operands.first_number(instruction.operands)
-            return lambda: (0x4000 + number) << 8
+            return lambda: _RUNTIME + (number << 8)
         parsed = self._parse(instruction.operands)
         values = parsed.values
         if kind == "sld":

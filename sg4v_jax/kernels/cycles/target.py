@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sg4v_jax.parallel.peaks import PEAK_FLOPS
+
 SCHEDULE = "packed-bundles-post-ra"
 UTILIZATION = "pre-delay"
 SAME_PROGRAMS = "deduplication-map"
@@ -60,10 +62,12 @@ class Generation:
 GENERATIONS = {
     generation.name: generation
     for generation in (
-        Generation("v4", "v4:2x2x1", 1.05e9, 275e12, 1228e9, 2, 4, 16, delay_slots=1, granule=512),
-        Generation("v5e", "v5e:2x2", 1.5e9, 197e12, 819e9, 1, 4, 16),
-        Generation("v5p", "v5p:2x2x1", 1.75e9, 459e12, 2765e9, 2, 4, 16),
-        Generation("v6e", "v6e:2x2", 1.75e9, 918e12, 1640e9, 1, 2, 8),
+        Generation(
+            "v4", "v4:2x2x1", 1.05e9, PEAK_FLOPS["TPU v4"], 1228e9, 2, 4, 16, delay_slots=1, granule=512
+        ),
+        Generation("v5e", "v5e:2x2", 1.5e9, PEAK_FLOPS["TPU v5e"], 819e9, 1, 4, 16),
+        Generation("v5p", "v5p:2x2x1", 1.75e9, PEAK_FLOPS["TPU v5"], 2765e9, 2, 4, 16),
+        Generation("v6e", "v6e:2x2", 1.75e9, PEAK_FLOPS["TPU v6"], 1640e9, 1, 2, 8),
     )
 }
 

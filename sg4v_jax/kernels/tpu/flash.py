@@ -23,7 +23,8 @@ v5e, 160 for the five of the backward pass), so everything else has to hide behi
   p |x| 2^-9 with p = 2^x, never exceeds what rounding p for the matrix unit costs anyway.
 * The backward pass keeps scores transposed, [keys, queries]: then dv and dk need no transposition, and
   the log-sum-exp and delta are rows. dk and dv of all keys stay in VMEM in float32 while the queries walk
-  by, so that dq, dk and dv come out of one pass over the scores.
+  by, so that dq, dk and dv come out of one pass over the scores. Where they don't fit, the keys
+  come in chunks, one after the other on each core, and each chunk has a float32 part of dq of its own.
 """
 
 import functools
@@ -78,7 +79,8 @@ def _attention(settings: Settings, query: Array, key: Array, value: Array, segme
 def _attention_fwd(
     settings: Settings, query: Array, key: Array, value: Array, segments: Array | None
 ) -> tuple[Array, Any]:
-    problem = Problem.of(settings.machine, settings.forward, query, key, backward=False)
+    segmented = segments is not None
+    problem = Problem.of(settings.machine, settings.forward, query, key, segmented=segmented, backward=False)
     # A remat policy that keeps both keeps the backward pass from running this kernel again.
     out, lse = (checkpoint_name(x, "attended") for x in forward(problem, query, key, value, segments))
     return out, (query, key, value, segments, out, lse)
@@ -86,7 +88,8 @@ def _attention_fwd(
 
 def _attention_bwd(settings: Settings, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
     query, key, value, segments, out, lse = residuals
-    problem = Problem.of(settings.machine, settings.backward, query, key, backward=True)
+    segmented = segments is not None
+    problem = Problem.of(settings.machine, settings.backward, query, key, segmented=segmented, backward=True)
     return *backward(problem, query, key, value, segments, out, lse, d_out), None
 
 

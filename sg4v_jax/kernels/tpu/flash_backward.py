@@ -38,27 +38,26 @@ def backward(
     """Gradients of query, key and value, from one pass over the scores."""
     batch, heads, length, head_dim = query.shape
     blocks, dealt = problem.blocks, problem.heads
-    n, h, chunk = blocks.queries, dealt.query, problem.chunk
+    n, h, chunk, programs = blocks.queries, dealt.query, problem.chunk, dealt.programs
     first, unmasked = problem.visits(segments, batch)
     chunks = length // chunk
-    rows = pl.BlockSpec((None, h, n, head_dim), lambda b, c, g, i, *_: (b, g, i, 0))
-    keys = pl.BlockSpec(
-        (None, dealt.key, chunk, head_dim), lambda b, c, g, i, *_: (b, g // dealt.programs, c, 0)
-    )
+    # Rows of the batch, groups of key heads, chunks of keys, programs that share a key head, queries.
+    rows = pl.BlockSpec((None, h, n, head_dim), lambda b, g, c, p, i, *_: (b, g * programs + p, i, 0))
+    keys = pl.BlockSpec((None, dealt.key, chunk, head_dim), lambda b, g, c, p, i, *_: (b, g, c, 0))
     in_specs = [
         rows,
         keys,
         keys,
         rows,
         rows,
-        pl.BlockSpec((None, h, 1, n), lambda b, c, g, i, *_: (b, g, 0, i)),
+        pl.BlockSpec((None, h, 1, n), lambda b, g, c, p, i, *_: (b, g * programs + p, 0, i)),
     ]
     operands = [query, key, value, out, d_out, lse]
     if segments is not None:
         columns = jnp.broadcast_to(segments.swapaxes(1, 2), (batch, length, LANES))
         in_specs += [
-            pl.BlockSpec((None, chunk, LANES), lambda b, c, g, i, *_: (b, c, 0)),
-            pl.BlockSpec((None, 1, n), lambda b, c, g, i, *_: (b, 0, i)),
+            pl.BlockSpec((None, chunk, LANES), lambda b, g, c, p, i, *_: (b, c, 0)),
+            pl.BlockSpec((None, 1, n), lambda b, g, c, p, i, *_: (b, 0, i)),
         ]
         operands += [columns, segments]
     # Each chunk of keys has its part of dq; with one chunk that is all of it.
@@ -67,10 +66,12 @@ def backward(
         lambda *refs: _kernel(problem, segments is not None, refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, chunks, heads // h, length // n),
+            grid=(batch, heads // h // programs, chunks, programs, length // n),
             in_specs=in_specs,
             out_specs=[
-                pl.BlockSpec((None, None, h, n, head_dim), lambda b, c, g, i, *_: (c, b, g, i, 0)),
+                pl.BlockSpec(
+                    (None, None, h, n, head_dim), lambda b, g, c, p, i, *_: (c, b, g * programs + p, i, 0)
+                ),
                 keys,
                 keys,
             ],
@@ -86,9 +87,8 @@ def backward(
             jax.ShapeDtypeStruct(key.shape, key.dtype),
             jax.ShapeDtypeStruct(value.shape, value.dtype),
         ],
-        compiler_params=problem.compiler_params(
-            "parallel", "parallel", "parallel" if dealt.programs == 1 else "arbitrary", "arbitrary"
-        ),
+        # Cores that share a chip must not take a chunk each: later ones are seen by fewer queries.
+        compiler_params=problem.compiler_params("parallel", "parallel", *["arbitrary"] * 3),
         interpret=problem.machine.interpret,
         name="flash_backward",
     )(first, unmasked, *operands)
@@ -102,7 +102,7 @@ def _kernel(problem: Problem, segmented: bool, refs: Any) -> None:
     inputs, refs = (refs[:8], refs[8:]) if segmented else (refs[:6], refs[6:])
     outputs, scratch = refs[:3], refs[3:]
     tiles = _Tiles(problem, inputs, scratch)
-    b, c, g, i = (pl.program_id(axis) for axis in range(4))
+    b, _, c, p, i = (pl.program_id(axis) for axis in range(5))
     per_chunk = problem.chunk // blocks.queries
     start = c * problem.chunk
     mine = i // per_chunk == c
@@ -114,7 +114,7 @@ def _kernel(problem: Problem, segmented: bool, refs: Any) -> None:
 
     if dealt.programs > 1:
 
-        @pl.when(mine & (g % dealt.programs == 0))
+        @pl.when(mine & (p == 0))
         def clear() -> None:
             for scratch_ref in (tiles.d_key, tiles.d_value):
                 scratch_ref[0, here] = jnp.zeros_like(scratch_ref[0, here])
@@ -144,7 +144,7 @@ def _kernel(problem: Problem, segmented: bool, refs: Any) -> None:
     own = i * (blocks.queries // blocks.keys)
     unmasked = 0
     if segmented:
-        where = b * pl.num_programs(3) + i
+        where = b * pl.num_programs(4) + i
         first, unmasked = visits[0][where], visits[1][where]
         loop(jnp.maximum(first, low), jnp.minimum(unmasked, high), lambda block: visit(block, True))
     loop(jnp.maximum(unmasked, low), jnp.minimum(own, high), lambda block: visit(block, False))
@@ -152,7 +152,7 @@ def _kernel(problem: Problem, segmented: bool, refs: Any) -> None:
     for h in range(dealt.query):
         outputs[0][h] = (tiles.d_query[h] * scale).astype(outputs[0].dtype)
 
-    @pl.when((i == pl.num_programs(3) - 1) & (g % dealt.programs == dealt.programs - 1))
+    @pl.when((i == pl.num_programs(4) - 1) & (p == dealt.programs - 1))
     def flush() -> None:
         def copy(block: Any) -> None:
             rows = rows_from(block * LANES, LANES)

@@ -23,7 +23,8 @@ class Blocks:
       queries: rows of queries per program; a multiple of `keys` and of `diagonal`.
       keys: rows of keys per step of the inner loop.
       diagonal: rows per strip of the diagonal block.
-      heads: query heads per program, at most.
+      heads: query heads per program, at most, of 128 lanes in bfloat16. Of wider ones as many fewer, and
+        where that is none, fewer queries.
     """
 
     queries: int
@@ -92,22 +93,35 @@ class Problem:
     machine: Machine
 
     @classmethod
-    def of(cls, machine: Machine, blocks: Blocks, query: Shaped, key: Shaped, backward: bool) -> "Problem":
+    def of(
+        cls, machine: Machine, blocks: Blocks, query: Shaped, key: Shaped, *, segmented: bool, backward: bool
+    ) -> "Problem":
         """The problem of arrays [batch, heads, length, head_dim]."""
         _, heads, length, head_dim = query.shape
+        item, width = key.dtype.itemsize, pl.cdiv(head_dim, LANES) * LANES
+        # How much wider a head is than those that the blocks were chosen for.
+        times = pl.cdiv(item * width, 2 * LANES)
+        if times > blocks.heads:
+            blocks = dataclasses.replace(blocks, queries=blocks.queries * blocks.heads // times)
         blocks = blocks.within(length)
-        dealt = deal_heads(heads, key.shape[1], blocks.heads)
         # Two arrays in and, backward, two out, each twice as the next block is fetched or written
         # meanwhile; backward also two float32 sums. And the segments, a column of 128 lanes.
-        item = key.dtype.itemsize
-        per_key = (8 * item + 2 * 4) if backward else 4 * item
-        per_key = per_key * pl.cdiv(head_dim, LANES) * LANES * dealt.key + 2 * 4 * LANES
+        per_key = width * ((8 * item + 2 * 4) if backward else 4 * item)
+        column = 2 * 4 * LANES if segmented else 0
+
+        def chunk_of(dealt: Heads) -> int:
+            limit = machine.vmem // 2 // (per_key * dealt.key + column)
+            return _largest_part(limit, length, blocks.queries)
+
+        most = max(1, blocks.heads // times)
+        # Each chunk fetches the queries again and has its own part of dq: rather fewer heads than chunks.
+        dealt = max((deal_heads(heads, key.shape[1], n) for n in range(most, 0, -1)), key=chunk_of)
         with_ones = (head_dim // LANES + 1) * LANES
         return cls(
             blocks=blocks,
             heads=dealt,
             head_dim=head_dim,
-            chunk=_largest_part(machine.vmem // 2 // per_key, length, blocks.queries),
+            chunk=chunk_of(dealt),
             value_width=with_ones if with_ones <= machine.mxu else head_dim,
             exp_dtype=machine.exp_dtype(query.dtype),
             machine=machine,
