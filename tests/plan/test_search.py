@@ -90,6 +90,19 @@ def test_times_add_up() -> None:
     assert slower.bound == pytest.approx(2.1) and slower.expected == pytest.approx(2.35)
 
 
+def test_a_sparse_core_hides_as_long_as_there_is_work_beside_it() -> None:
+    """A second of transfers beside 0.3 s of products, and both runs of a kernel that takes 0.1 s for both."""
+    work = Work(0.5 * SLICE.chip.flops, 0.0, {"flash_forward": 2})
+    beside = Work(0.3 * SLICE.chip.flops, 0.0, {"flash_forward": 2})
+    size = int(2 * SLICE.chip.link_bandwidth)
+    gather = Collective("all-gather", 1, size, (0, 1), True, "", beside=beside)
+    found = roofline(SLICE, [(0, 0), (0, 1)], work, [gather], {"flash_forward": 0.1})
+    assert (found.exposed, found.hidden) == (pytest.approx(0.6), pytest.approx(0.4))
+    assert found.expected == pytest.approx(0.6 + 0.6)
+    gather = dataclasses.replace(gather, beside=work)  # Now there is 0.6 s of it.
+    assert roofline(SLICE, [(0, 0), (0, 1)], work, [gather], {"flash_forward": 0.1}).exposed == pytest.approx(0.4)
+
+
 def test_permutes_of_both_ways_around_run_at_once() -> None:
     """A ring of 16 chips: each way has links of its own, so the second way costs no more time."""
     ring = topology.parse("v5e:16x16")
