@@ -56,15 +56,15 @@ def collectives(module: Module) -> list[Collective]:
     found: dict[tuple[str, str], Collective] = {}
     beside = _beside(module)
     for computation, runs, line in module.scheduled():
+        done = beside.get(line.name)
         for inner, hidden in _inside(module, line):
+            hidden = hidden and (done is None or done.product_flops > 0 or bool(done.kernels))
             # Start, steps and end of an asynchronous collective each name it: they are one.
             channel = re.search(r"channel_id=(\d+)", inner.attributes)
             key = computation, channel[1] if channel else inner.name
             if inner.bytes and key not in found:
                 made = _collective(inner, runs, hidden, scattered=line is not inner and _scatters(line))
-                if done := beside.get(line.name):
-                    made = dataclasses.replace(made, beside=done, hidden=done.product_flops > 0 or any(done.kernels))
-                found[key] = made
+                found[key] = dataclasses.replace(made, beside=done)
             elif hidden and key in found:
                 found[key] = dataclasses.replace(found[key], hidden=True)
     return list(found.values())

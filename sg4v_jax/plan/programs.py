@@ -85,8 +85,8 @@ def compile_train(config: ConfigDict, topology: Topology) -> Program:
       topology: the slice.
 
     Raises:
-      ValueError: the mesh doesn't fit the slice, the batch doesn't divide by it, or the compiler knows no such
-        option as one of `config.train.compiler_options`.
+      ValueError: the mesh doesn't fit the slice, the batch doesn't divide by it, or the compiler doesn't know
+        one of `config.train.compiler_options`.
       OutOfMemory: the compiler says that it doesn't fit.
       RuntimeError: there is no TPU compiler.
     """
@@ -237,8 +237,8 @@ def _compile(mesh: Mesh, function: Any, parts: dict[str, Any], rows: int) -> Pro
         if failure is None:
             if unknown := re.search(r"No such compile option: '(\w+)'", str(error)):
                 raise ValueError(
-                    f"config.train.compiler_options: the TPU compiler knows no {unknown[1]!r}; set {unknown[1]}= "
-                    "to leave it out"
+                    f"config.train.compiler_options: the TPU compiler knows no {unknown[1]!r}; "
+                    f"{unknown[1]}= leaves it out"
                 ) from error
             raise
         if not failure.largest:
