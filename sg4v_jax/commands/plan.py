@@ -29,8 +29,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--capacity", type=int, default=1024, help="positions of a slot's cache")
     parser.add_argument("--weights", choices=("float", "int8"), default="float", help="of generation")
     parser.add_argument("--kv", choices=("float", "int8"), default="float", help="keys and values")
-    parser.add_argument("--search", action="store_true", help="tries meshes, rows and remat policies")
-    parser.add_argument("--tries", type=int, default=8, help="programs that --search compiles")
+    parser.add_argument("--search", action="store_true", help="tries meshes, microbatches and remat policies")
+    parser.add_argument("--tries", type=int, default=8, help="programs that --search compiles, minutes each; the first is the config as it is")
     parser.add_argument("--output", help="plan.html or plan.json")
     parser.add_argument("--hlo", help="folder for the text of the compiled programs")
 
@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     """Runs `plan`."""
     import json
     import os
+
+    import tqdm
 
     # It compiles for TPUs on whatever machine this is.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -68,7 +70,9 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     plans = []
     try:
         if arguments.search:
-            run_config, best = search(run_config, where, arguments.tries, progress_bar("programs"), print)
+            # Lines go above the bar, not into it.
+            bar, tell = progress_bar("programs"), tqdm.tqdm.write
+            run_config, best = search(run_config, where, arguments.tries, bar, tell)
             plans.append(best)
         elif "train" in steps:
             plans.append(plan_train(run_config, where))

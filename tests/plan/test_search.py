@@ -64,6 +64,11 @@ def test_search_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.train.remat == best.remat == "mlp" and config.train.remat == "full"
     assert any("DOES NOT FIT" in line for line in told) and told[-1].startswith("best: --config.mesh.data=")
 
+    # What the config says comes first, so one try is that, however slow a guess calls it.
+    config.mesh.data, config.mesh.fsdp, config.train.remat = 2, -1, "full"
+    own, _ = search.search(config, SLICE, 1, iter, told.append)
+    assert (own.mesh.data, own.mesh.fsdp, own.mesh.tensor, own.train.remat) == (2, 32, 1, "full")
+
     monkeypatch.setattr(search, "plan_train", lambda config, where: made_up(config, 20, 1.0))
     with pytest.raises(ValueError, match="none of 3 settings fits v5e:8x8"):
         search.search(config, SLICE, 3, iter, told.append)
