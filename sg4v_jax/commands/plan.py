@@ -40,8 +40,6 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     import json
     import os
 
-    import tqdm
-
     # It compiles for TPUs on whatever machine this is.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -70,9 +68,7 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     plans = []
     try:
         if arguments.search:
-            # Lines go above the bar, not into it.
-            bar, tell = progress_bar("programs"), tqdm.tqdm.write
-            run_config, best = search(run_config, where, arguments.tries, bar, tell)
+            run_config, best = search(run_config, where, arguments.tries, progress_bar("programs"), _tell)
             plans.append(best)
         elif "train" in steps:
             plans.append(plan_train(run_config, where))
@@ -93,6 +89,16 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         _write(arguments.output, json.dumps([plan.to_dict() for plan in plans], indent=1))
     if any(not plan.fits for plan in plans):
         raise ValueError(f"does not fit {where.name}; see above")
+
+
+def _tell(line: str) -> None:
+    """Prints above the bar, not into it, and at once: the next line is minutes away."""
+    import sys
+
+    import tqdm
+
+    tqdm.tqdm.write(line)
+    sys.stdout.flush()
 
 
 def _write(path: str, text: str) -> None:

@@ -67,7 +67,7 @@ def search(
       topology: the slice.
       tries: programs to compile at most.
       progress: wraps what is looped over; see `commands.common.progress_bar`.
-      tell: gets a line for each program.
+      tell: gets a line at the start, for each program, and for the best.
 
     Raises:
       ValueError: nothing fits; it says what came closest.
@@ -78,6 +78,7 @@ def search(
             f"no mesh of {topology.name} divides config.data.batch_size={config.data.batch_size} rows and "
             f"leaves room in {topology.chip.hbm_bytes / GIB:.2f} GiB"
         )
+    tell(f"{min(tries, len(ranked))} of {len(ranked)} settings, minutes each:")
     best: tuple[Candidate, Plan] | None = None
     for candidate in progress(ranked[:tries]):
         try:
