@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--weights", choices=("float", "int8"), default="float", help="of generation")
     parser.add_argument("--kv", choices=("float", "int8"), default="float", help="keys and values")
     parser.add_argument("--search", action="store_true", help="tries meshes, microbatches and remat policies")
-    parser.add_argument("--tries", type=int, default=8, help="programs that --search compiles, minutes each; the first is the config as it is")
+    parser.add_argument("--tries", type=int, default=8, help="programs that --search compiles")
     parser.add_argument("--output", help="plan.html or plan.json")
     parser.add_argument("--hlo", help="folder for the text of the compiled programs")
 
