@@ -75,7 +75,7 @@ def _inside(module: Module, line: Instruction) -> Iterator[tuple[Instruction, bo
     kind = line.opcode.removesuffix("-start")
     if kind in COLLECTIVES or _megascale(line):
         yield line, line.opcode.endswith("-start")
-    elif line.opcode in ("fusion", "custom-call", "custom-call-start", "async-start"):
+    elif line.opcode in ("fusion", "custom-call", "custom-call-start", "call-start", "async-start"):
         named = (line.name, *line.called())
         hidden = line.opcode.endswith("-start") or any(re.match("async.collective", name) for name in named)
         for called in line.called():
@@ -87,18 +87,19 @@ def _inside(module: Module, line: Instruction) -> Iterator[tuple[Instruction, bo
 def _beside(module: Module) -> dict[str, Work]:
     """What is computed beside each call of a SparseCore in all runs, by the name of its start.
 
-    A call starts in two parts: the first has no operands, so what lies between them hides nothing.
+    From libtpu 0.0.52 on a call starts in two parts: the first has no operands, so what lies between them
+    hides nothing.
     """
     beside: dict[str, Work] = {}
     running: dict[str, str] = {}  # The start of each call, by its newest part.
     for _, runs, line in module.scheduled():
-        if line.opcode == "custom-call-start":
+        if line.opcode in ("call-start", "custom-call-start"):
             running[line.name] = line.name
             beside[line.name] = Work(0.0, 0.0, {})
         elif line.opcode == "custom-call-update" and line.operands[0] in running:
             running[line.name] = start = running.pop(line.operands[0])
             beside[start] = Work(0.0, 0.0, {})
-        elif line.opcode == "custom-call-done":
+        elif line.opcode in ("call-done", "custom-call-done"):
             running.pop(line.operands[0], None)
         elif running:
             done = computing(module, line)

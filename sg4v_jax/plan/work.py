@@ -14,7 +14,8 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
     "copy-done", "slice-done", "async-done", "after-all", "partition-id", "opt-barrier",
     "optimization-barrier", "collective-permute-done", "all-gather-done", "all-reduce-done",
-    "send-done", "recv-done", "custom-call-start", "custom-call-update",
+    "send-done", "recv-done", "call-start", "custom-call-start",
+    "custom-call-update",
 }  # fmt: skip
 _MARKERS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 
@@ -136,7 +137,7 @@ def _traffic(module: Module, computation: str, line: Instruction) -> float:
         return 0  # It gets the caches of all layers and reads those of one: counted with the kernel's time.
     if line.opcode in _FREE or any(marker in line.attributes for marker in _MARKERS):
         return 0
-    if line.opcode.removesuffix("-start") in COLLECTIVES or line.opcode == "custom-call-done":
+    if line.opcode.removesuffix("-start") in COLLECTIVES or line.opcode in ("call-done", "custom-call-done"):
         return 2 * _in_hbm(line.result)
     shapes = _shapes(module, computation)
     operands = [shapes.get(name, ()) for name in line.operands]

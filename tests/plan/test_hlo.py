@@ -178,6 +178,15 @@ def test_a_sparse_core_s_collective_hides_beside_what_is_computed_meanwhile() ->
     (found,) = collectives(hlo.parse(one(lines.replace("BESIDE", product.format(i=2) + kernel), inner)))
     assert (found.kind, found.hidden, found.sent) == ("all-gather", True, 1024 * 128 * 2 * 15 / 16)
     assert found.beside == Work(2 * 64 * 64 * 128, 0.0, {"flash_forward": 1})
+    # As libtpu 0.0.42 writes it, with its operand at once.
+    older = "\n".join(line for line in lines.splitlines() if "call-update" not in line)
+    older = older.replace("custom-call-start()", "call-start(%x)").replace(
+        "called_computations={%called}", "to_apply=%called"
+    )
+    older = older.replace("BESIDE", "").replace("custom-call-done(%u)", "call-done(%s)")
+    (found,) = collectives(hlo.parse(one(older, inner)))
+    assert (found.hidden, found.sent) == (True, 1024 * 128 * 2 * 15 / 16)
+    assert found.beside == Work(2 * 64 * 64 * 128, 0.0, {})
     alone = hlo.parse(one(lines.replace("BESIDE", ""), inner))
     (found,) = collectives(alone)
     assert not found.hidden and found.beside == Work(0.0, 0.0, {})
