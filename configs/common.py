@@ -134,6 +134,9 @@ def base(size: str) -> ConfigDict:
     config.train.remat = "full"
     # Pieces of the vocabulary whose scores, and whose part of the head, are on a chip at a time.
     config.train.loss_chunk = 6400
+    # For the TPU compiler, `name=value,name=value`, besides those of `parallel/compiler.py`; `name=` takes
+    # away one of these.
+    config.train.compiler_options = ""
     config.train.log_every = 10
     # A step whose loss or gradients are NaN or infinite changes nothing. `skip` goes on to the next, unless
     # so many come in a row; `stop` ends the run. Then the batch is in WORKDIR/nonfinite.

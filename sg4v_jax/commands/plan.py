@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--capacity", type=int, default=1024, help="positions of a slot's cache")
     parser.add_argument("--weights", choices=("float", "int8"), default="float", help="of generation")
     parser.add_argument("--kv", choices=("float", "int8"), default="float", help="keys and values")
-    parser.add_argument("--search", action="store_true", help="tries meshes, rows and remat policies")
+    parser.add_argument("--search", action="store_true", help="tries meshes, microbatches and remat policies")
     parser.add_argument("--tries", type=int, default=8, help="programs that --search compiles")
     parser.add_argument("--output", help="plan.html or plan.json")
     parser.add_argument("--hlo", help="folder for the text of the compiled programs")
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
     plans = []
     try:
         if arguments.search:
-            run_config, best = search(run_config, where, arguments.tries, progress_bar("programs"), print)
+            run_config, best = search(run_config, where, arguments.tries, progress_bar("programs"), _tell)
             plans.append(best)
         elif "train" in steps:
             plans.append(plan_train(run_config, where))
@@ -89,6 +89,16 @@ def run(arguments: argparse.Namespace, config_argv: list[str]) -> None:
         _write(arguments.output, json.dumps([plan.to_dict() for plan in plans], indent=1))
     if any(not plan.fits for plan in plans):
         raise ValueError(f"does not fit {where.name}; see above")
+
+
+def _tell(line: str) -> None:
+    """Prints above the bar, not into it, and at once: the next line is minutes away."""
+    import sys
+
+    import tqdm
+
+    tqdm.tqdm.write(line)
+    sys.stdout.flush()
 
 
 def _write(path: str, text: str) -> None:

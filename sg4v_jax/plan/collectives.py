@@ -6,9 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from sg4v_jax.plan.hlo import Instruction, Module
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+from sg4v_jax.plan.hlo import COLLECTIVES, Instruction, Module
+from sg4v_jax.plan.work import Work, computing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +15,13 @@ class Collective:
     """One collective of the program.
 
     Attributes:
-      kind: of `KINDS`.
+      kind: of `COLLECTIVES`.
       runs: how often it runs in one step.
       bytes: its whole arrays in one run: what is gathered, reduced or scattered.
       members: positions in the mesh, inside a slice, of the first group of devices that take part.
       hidden: whether the compiler runs it beside other work.
+      beside: of one on a SparseCore, what the TensorCore computes from its start to its end in all runs: it
+        hides as long as that takes. None: of the others the schedule doesn't tell.
       where: the JAX operation it comes from.
       pairs: of a permute, all (source, target).
       between_slices: whether each chip does it with those in its place in the other slices, by hosts and
@@ -35,6 +36,7 @@ class Collective:
     where: str
     pairs: tuple[tuple[int, int], ...] = ()
     between_slices: bool = False
+    beside: Work | None = None
 
     @property
     def sent(self) -> float:
@@ -52,13 +54,17 @@ class Collective:
 def collectives(module: Module) -> list[Collective]:
     """All collectives of a program, in the order of its text."""
     found: dict[tuple[str, str], Collective] = {}
+    beside = _beside(module)
     for computation, runs, line in module.scheduled():
+        done = beside.get(line.name)
         for inner, hidden in _inside(module, line):
+            hidden = hidden and (done is None or done.product_flops > 0 or bool(done.kernels))
             # Start, steps and end of an asynchronous collective each name it: they are one.
             channel = re.search(r"channel_id=(\d+)", inner.attributes)
             key = computation, channel[1] if channel else inner.name
             if inner.bytes and key not in found:
-                found[key] = _collective(inner, runs, hidden, scattered=line is not inner and _scatters(line))
+                made = _collective(inner, runs, hidden, scattered=line is not inner and _scatters(line))
+                found[key] = dataclasses.replace(made, beside=done)
             elif hidden and key in found:
                 found[key] = dataclasses.replace(found[key], hidden=True)
     return list(found.values())
@@ -67,15 +73,39 @@ def collectives(module: Module) -> list[Collective]:
 def _inside(module: Module, line: Instruction) -> Iterator[tuple[Instruction, bool]]:
     """The collectives that one instruction runs, and whether it hides them."""
     kind = line.opcode.removesuffix("-start")
-    if kind in KINDS or _megascale(line):
+    if kind in COLLECTIVES or _megascale(line):
         yield line, line.opcode.endswith("-start")
-    elif line.opcode in ("fusion", "custom-call", "async-start"):
+    elif line.opcode in ("fusion", "custom-call", "custom-call-start", "call-start", "async-start"):
         named = (line.name, *line.called())
-        hidden = line.opcode == "async-start" or any(re.match("async.collective", name) for name in named)
+        hidden = line.opcode.endswith("-start") or any(re.match("async.collective", name) for name in named)
         for called in line.called():
             for inner in module.computations.get(called, ()):
                 for collective, _ in _inside(module, inner):
                     yield collective, hidden
+
+
+def _beside(module: Module) -> dict[str, Work]:
+    """What is computed beside each call of a SparseCore in all runs, by the name of its start.
+
+    From libtpu 0.0.52 on a call starts in two parts: the first has no operands, so what lies between them
+    hides nothing.
+    """
+    beside: dict[str, Work] = {}
+    running: dict[str, str] = {}  # The start of each call, by its newest part.
+    for _, runs, line in module.scheduled():
+        if line.opcode in ("call-start", "custom-call-start"):
+            running[line.name] = line.name
+            beside[line.name] = Work(0.0, 0.0, {})
+        elif line.opcode == "custom-call-update" and line.operands[0] in running:
+            running[line.name] = start = running.pop(line.operands[0])
+            beside[start] = Work(0.0, 0.0, {})
+        elif line.opcode in ("call-done", "custom-call-done"):
+            running.pop(line.operands[0], None)
+        elif running:
+            done = computing(module, line)
+            for start in running.values():
+                beside[start] = beside[start].plus(done, runs)
+    return beside
 
 
 def _megascale(line: Instruction) -> str:

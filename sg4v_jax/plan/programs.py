@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from typing import Any
 
@@ -84,7 +85,8 @@ def compile_train(config: ConfigDict, topology: Topology) -> Program:
       topology: the slice.
 
     Raises:
-      ValueError: the mesh doesn't fit the slice, or the batch doesn't divide by it.
+      ValueError: the mesh doesn't fit the slice, the batch doesn't divide by it, or the compiler doesn't know
+        one of `config.train.compiler_options`.
       OutOfMemory: the compiler says that it doesn't fit.
       RuntimeError: there is no TPU compiler.
     """
@@ -233,6 +235,11 @@ def _compile(mesh: Mesh, function: Any, parts: dict[str, Any], rows: int) -> Pro
     except jax.errors.JaxRuntimeError as error:
         failure = out_of_memory(str(error))
         if failure is None:
+            if unknown := re.search(r"No such compile option: '(\w+)'", str(error)):
+                raise ValueError(
+                    f"config.train.compiler_options: the TPU compiler knows no {unknown[1]!r}; "
+                    f"{unknown[1]}= leaves it out"
+                ) from error
             raise
         if not failure.largest:
             failure.largest = largest_tensors(lowered.as_text(), rows, ways("batch", mesh))

@@ -79,16 +79,22 @@ def roofline(
     everything: collections.Counter[Direction] = collections.Counter()
     hidden: collections.Counter[Direction] = collections.Counter()
     exposed = between = 0.0
+    each = {name: time / max(work.kernels.get(name, 1), 1) for name, time in kernel_seconds.items()}
     for collective in collectives:
         if collective.between_slices:
             between += collective.sent_in(topology.slices)
             continue
         seconds = _seconds(topology, coordinates, collective)
         everything.update(seconds)
-        if collective.hidden:
-            hidden.update(seconds)
-        else:
-            exposed += max(seconds.values(), default=0.0)
+        longest = max(seconds.values(), default=0.0)
+        alone = 0.0 if collective.hidden else longest
+        if collective.beside:
+            beside = collective.beside.product_flops / topology.chip.flops
+            beside += sum(runs * each.get(name, 0.0) for name, runs in collective.beside.kernels.items())
+            alone = max(longest - beside, 0.0)
+        exposed += alone
+        if longest > alone:
+            hidden.update({way: time * (1 - alone / longest) for way, time in seconds.items()})
     memory = work.hbm_bytes / topology.chip.hbm_bandwidth
     return Roofline(
         products=work.product_flops / topology.chip.flops,

@@ -58,24 +58,27 @@ def search(
     progress: Callable[..., Any],
     tell: Callable[[str], None],
 ) -> tuple[ConfigDict, Plan]:
-    """Compiles the most promising settings, the global batch staying as it is, and gives the best, planned.
+    """Compiles the config's own setting and the most promising others, and gives the best, planned.
+
+    The global batch stays as it is. The result is never slower than what the config says, if that fits.
 
     Args:
       config: a run's.
       topology: the slice.
       tries: programs to compile at most.
       progress: wraps what is looped over; see `commands.common.progress_bar`.
-      tell: gets a line for each program.
+      tell: gets a line at the start, for each program, and for the best.
 
     Raises:
       ValueError: nothing fits; it says what came closest.
     """
-    ranked = candidates(config, topology)
+    ranked = _own_first(config, candidates(config, topology))
     if not ranked:
         raise ValueError(
             f"no mesh of {topology.name} divides config.data.batch_size={config.data.batch_size} rows and "
             f"leaves room in {topology.chip.hbm_bytes / GIB:.2f} GiB"
         )
+    tell(f"{min(tries, len(ranked))} of {len(ranked)} settings, minutes each:")
     best: tuple[Candidate, Plan] | None = None
     for candidate in progress(ranked[:tries]):
         try:
@@ -90,6 +93,18 @@ def search(
         raise ValueError(f"none of {min(tries, len(ranked))} settings fits {topology.name}; see above")
     tell(f"best: {best[0].flags()}\n")
     return best[0].apply(config), best[1]
+
+
+def _own_first(config: ConfigDict, ranked: list[Candidate]) -> list[Candidate]:
+    """The config's own setting before the others, if it is one of them; -1 ways are what the others leave."""
+    mesh, train = config.mesh, config.train
+    wanted = mesh.data, mesh.fsdp, mesh.tensor, train.accumulate, train.remat
+
+    def is_own(candidate: Candidate) -> bool:
+        ways = candidate.data, candidate.fsdp, candidate.tensor, candidate.accumulate, candidate.remat
+        return all(want in (-1, have) for want, have in zip(wanted, ways, strict=True))
+
+    return sorted(ranked, key=lambda candidate: not is_own(candidate))
 
 
 def _line(plan: Plan) -> str:
@@ -148,9 +163,10 @@ def _guess(
     gathered = accumulate * 2 * weights
     reduced = accumulate * weights * ((2 if fsdp > 32 else 1) + (0.5 if data > 1 else 0))
     layer = 2 * positions * text.hidden_size * accumulate
-    reduced += 12 * layer * text.num_layers * (1 - 1 / tensor)
+    split = 12 * layer * text.num_layers * (1 - 1 / tensor)  # Of the few chips on one line.
     bandwidth = chip.ici_bandwidth / 2  # Lines, not rings.
-    seconds = max(flops / chip.flops / 0.9, gathered / bandwidth) + reduced / bandwidth
+    alone = reduced / bandwidth + split / chip.link_bandwidth
+    seconds = max(flops / chip.flops / 0.9, gathered / bandwidth) + alone
     return Candidate(data, fsdp, tensor, accumulate, remat, seconds, memory)
 
 

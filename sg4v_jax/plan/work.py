@@ -1,20 +1,21 @@
 """Products and memory traffic of a compiled program, with the trip counts of its loops."""
 
+import collections
 import dataclasses
 import math
 import re
 
 import numpy as np
 
-from sg4v_jax.plan.collectives import KINDS
-from sg4v_jax.plan.hlo import Array, Instruction, Module
+from sg4v_jax.plan.hlo import COLLECTIVES, Array, Instruction, Module
 
 # Instructions that move nothing: they name, or only wait for what was counted at its start.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
     "copy-done", "slice-done", "async-done", "after-all", "partition-id", "opt-barrier",
     "optimization-barrier", "collective-permute-done", "all-gather-done", "all-reduce-done",
-    "send-done", "recv-done",
+    "send-done", "recv-done", "call-start", "custom-call-start",
+    "custom-call-update",
 }  # fmt: skip
 _MARKERS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 
@@ -33,6 +34,13 @@ class Work:
     hbm_bytes: float
     kernels: dict[str, int]
 
+    def plus(self, other: "Work", times: int) -> "Work":
+        """This and another so many times."""
+        kernels = collections.Counter(self.kernels)
+        kernels.update({name: times * count for name, count in other.kernels.items()})
+        flops, moved = times * other.product_flops, times * other.hbm_bytes
+        return Work(self.product_flops + flops, self.hbm_bytes + moved, dict(kernels))
+
 
 def work(module: Module) -> Work:
     """Counts the work of a program."""
@@ -45,10 +53,27 @@ def work(module: Module) -> Work:
     kernels: dict[str, int] = {}
     for computation, runs, line in module.scheduled():
         bytes_ += runs * _traffic(module, computation, line)
-        if 'custom_call_target="tpu_custom_call"' in line.attributes:
-            name = re.sub(r"[.\d]+$", "", line.name)
+        if name := _kernel(line):
             kernels[name] = kernels.get(name, 0) + runs
     return Work(float(flops), bytes_, kernels)
+
+
+def computing(module: Module, line: Instruction) -> Work:
+    """Products and kernels of one instruction and all that it calls; their traffic is not counted."""
+    done = Work(0.0, 0.0, {name: 1} if (name := _kernel(line)) else {})
+    trips = module.trips(line) or 1
+    for called in line.called():
+        if lines := module.computations.get(called):
+            done = done.plus(Work(_product_flops(module, called), 0.0, {}), trips)
+            for inner in lines:
+                done = done.plus(computing(module, inner), trips)
+    return done
+
+
+def _kernel(line: Instruction) -> str:
+    """The name of a Pallas kernel; empty for anything else."""
+    ours = 'custom_call_target="tpu_custom_call"' in line.attributes
+    return re.sub(r"[.\d]+$", "", line.name) if ours else ""
 
 
 def _product_flops(module: Module, computation: str) -> int:
@@ -112,7 +137,7 @@ def _traffic(module: Module, computation: str, line: Instruction) -> float:
         return 0  # It gets the caches of all layers and reads those of one: counted with the kernel's time.
     if line.opcode in _FREE or any(marker in line.attributes for marker in _MARKERS):
         return 0
-    if line.opcode.removesuffix("-start") in KINDS:
+    if line.opcode.removesuffix("-start") in COLLECTIVES or line.opcode in ("call-done", "custom-call-done"):
         return 2 * _in_hbm(line.result)
     shapes = _shapes(module, computation)
     operands = [shapes.get(name, ()) for name in line.operands]
@@ -161,7 +186,7 @@ def _read(module: Module, fusion: Instruction, index: int, whole: int) -> int:
                 read += _read(module, user, user.operands.index(name), whole)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue  # Only what is new is written.
-            elif user.opcode != "tuple" and user.opcode not in KINDS:
+            elif user.opcode != "tuple" and user.opcode not in COLLECTIVES:
                 return whole  # A tuple passes it on, to the next step of an asynchronous collective.
     return min(read, whole)
 
@@ -185,6 +210,6 @@ def _written(inner: list[Instruction], line: Instruction) -> float:
         if part.opcode == "dynamic-update-slice":
             update = by_name.get(part.operands[1])
             total += update.bytes if update and array.in_hbm else 0
-        elif part.opcode not in ("parameter", *KINDS):
+        elif part.opcode not in ("parameter", *COLLECTIVES):
             total += array.bytes if array.in_hbm else 0
     return total

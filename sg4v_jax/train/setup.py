@@ -18,6 +18,7 @@ from sg4v_jax.data.sample import SampleFormat
 from sg4v_jax.data.tokenizer import Tokenizer
 from sg4v_jax.models.config import ModelConfig
 from sg4v_jax.models.sharegpt4v import abstract_model
+from sg4v_jax.parallel.compiler import compiler_options
 from sg4v_jax.parallel.placement import param_shardings
 from sg4v_jax.parallel.rules import ways
 from sg4v_jax.train import groups
@@ -197,7 +198,11 @@ def resume_or_start(
 
 
 def compile_step(setup: Setup, config: ConfigDict) -> TrainStep:
-    """The jitted train step of the run; it donates the trainable parameters and the optimizer state."""
+    """The jitted train step of the run; it donates the trainable parameters and the optimizer state.
+
+    Raises:
+      ValueError: `config.train.compiler_options` isn't of its form.
+    """
     step = make_train_step(
         setup.graphdef,
         setup.optimizer,
@@ -209,8 +214,13 @@ def compile_step(setup: Setup, config: ConfigDict) -> TrainStep:
         kinds=len(kind_names(config.data.sources)),
     )
     trainable_shardings, _ = groups.split(setup.shardings, config.optim.groups)
-    out_shardings = (trainable_shardings, setup.opt_shardings, None)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+    device = jax.tree.leaves(setup.shardings)[0].mesh.devices.flat[0]
+    return jax.jit(
+        step,
+        donate_argnums=(0, 1),
+        out_shardings=(trainable_shardings, setup.opt_shardings, None),
+        compiler_options=compiler_options(device, config.train.compiler_options),
+    )
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -5,7 +5,7 @@ import pytest
 
 from sg4v_jax.plan import hlo
 from sg4v_jax.plan.collectives import collectives
-from sg4v_jax.plan.work import work
+from sg4v_jax.plan.work import Work, work
 
 LAYERS = """HloModule jit_step, is_scheduled=true
 
@@ -157,6 +157,41 @@ def test_slices_reduce_by_transfers_to_their_hosts() -> None:
     assert (found.kind, found.bytes, found.between_slices) == ("all-reduce", 64 * 128 * 2, True)
     assert found.sent_in(2) == 64 * 128 * 2 and found.sent_in(4) == 64 * 128 * 2 * 3 / 2
     assert work(module).hbm_bytes == 2 * 64 * 128 * 2
+
+
+def test_a_sparse_core_s_collective_hides_beside_what_is_computed_meanwhile() -> None:
+    """From the part of its start that has the operand; the product before that hides nothing."""
+    inner = (
+        "%called (q: bf16[64,128]) -> bf16[1024,128] {\n  %q = bf16[64,128]{1,0} parameter(0)\n"
+        '  ROOT %g = bf16[1024,128]{1,0} all-gather(%q), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}\n}, execution_thread="sparsecore"\n\n'
+        "%multiply (a: bf16[64,128]) -> bf16[64,64] {\n  %a = bf16[64,128]{1,0} parameter(0)\n"
+        "  ROOT %p = bf16[64,64]{1,0} convolution(%a, %a), dim_labels=bf_oi->bf\n}\n"
+    )
+    product = "  %f.{i} = bf16[64,64]{{1,0}} fusion(%x), kind=kOutput, calls=%multiply\n"
+    kernel = '  %flash_forward.1 = bf16[64,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"\n'
+    lines = (
+        '  %s = ((), (), (s32[8]{0})) custom-call-start(), async_execution_thread="sparsecore", called_computations={%called}\n'
+        + product.format(i=1)
+        + "  %u = ((bf16[64,128]{1,0}), bf16[1024,128]{1,0}, (s32[8]{0})) custom-call-update(%s, %x)\n"
+        + "BESIDE  ROOT %d = bf16[1024,128]{1,0} custom-call-done(%u)"
+    )
+    (found,) = collectives(hlo.parse(one(lines.replace("BESIDE", product.format(i=2) + kernel), inner)))
+    assert (found.kind, found.hidden, found.sent) == ("all-gather", True, 1024 * 128 * 2 * 15 / 16)
+    assert found.beside == Work(2 * 64 * 64 * 128, 0.0, {"flash_forward": 1})
+    # As libtpu 0.0.42 writes it, with its operand at once.
+    older = "\n".join(line for line in lines.splitlines() if "call-update" not in line)
+    older = older.replace("custom-call-start()", "call-start(%x)").replace(
+        "called_computations={%called}", "to_apply=%called"
+    )
+    older = older.replace("BESIDE", "").replace("custom-call-done(%u)", "call-done(%s)")
+    (found,) = collectives(hlo.parse(one(older, inner)))
+    assert (found.hidden, found.sent) == (True, 1024 * 128 * 2 * 15 / 16)
+    assert found.beside == Work(2 * 64 * 64 * 128, 0.0, {})
+    alone = hlo.parse(one(lines.replace("BESIDE", ""), inner))
+    (found,) = collectives(alone)
+    assert not found.hidden and found.beside == Work(0.0, 0.0, {})
+    # It is written to memory and read there; what the product moves is counted as ever.
+    assert work(alone).hbm_bytes == 2 * 1024 * 128 * 2 + (64 * 128 + 64 * 64) * 2
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,10 @@ main(["plan", *sys.argv[2:], "--topology=v5e:2x2", "--steps=caption", "--slots=3
       "--answer=64", "--capacity=256", "--weights=int8", "--kv=int8", "--config.mesh.fsdp=1",
       "--config.mesh.tensor=4", "--output", sys.argv[1] + "/caption.json"])
 try:
+    main(["plan", *sys.argv[2:], "--topology=v6e-4", "--config.train.compiler_options=xla_no_such=1"])
+except SystemExit as end:
+    assert end.code == 2
+try:
     main(["plan", *sys.argv[2:], "--topology=v5e-4", "--config.data.batch_size=24000",
           "--config.train.remat=none"])
 except SystemExit as end:
@@ -168,3 +172,9 @@ def test_the_table_and_the_failure_say_what_matters(ran: Ran) -> None:
         assert part in ran.text
     assert "does not fit v5e:2x2" in ran.errors and "of 15.75 GiB per chip" in ran.errors
     assert "config.train.remat=full" in ran.errors and "GiB  " in ran.errors
+
+
+@pytest.mark.slow
+def test_options_reach_the_compiler(ran: Ran) -> None:
+    """Those of v6e are all known to it: it names the one that was added."""
+    assert "config.train.compiler_options: the TPU compiler knows no 'xla_no_such'" in ran.errors

@@ -64,6 +64,11 @@ def test_search_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.train.remat == best.remat == "mlp" and config.train.remat == "full"
     assert any("DOES NOT FIT" in line for line in told) and told[-1].startswith("best: --config.mesh.data=")
 
+    # What the config says comes first, so one try is that, however slow a guess calls it.
+    config.mesh.data, config.mesh.fsdp, config.train.remat = 2, -1, "full"
+    own, _ = search.search(config, SLICE, 1, iter, told.append)
+    assert (own.mesh.data, own.mesh.fsdp, own.mesh.tensor, own.train.remat) == (2, 32, 1, "full")
+
     monkeypatch.setattr(search, "plan_train", lambda config, where: made_up(config, 20, 1.0))
     with pytest.raises(ValueError, match="none of 3 settings fits v5e:8x8"):
         search.search(config, SLICE, 3, iter, told.append)
@@ -88,6 +93,20 @@ def test_times_add_up() -> None:
     assert found.network == pytest.approx(1.25)
     slower = dataclasses.replace(found, products=2.0)
     assert slower.bound == pytest.approx(2.1) and slower.expected == pytest.approx(2.35)
+
+
+def test_a_sparse_core_hides_as_long_as_there_is_work_beside_it() -> None:
+    """A second of transfers beside 0.3 s of products, and both runs of a kernel that takes 0.1 s for both."""
+    work = Work(0.5 * SLICE.chip.flops, 0.0, {"flash_forward": 2})
+    beside = Work(0.3 * SLICE.chip.flops, 0.0, {"flash_forward": 2})
+    size = int(2 * SLICE.chip.link_bandwidth)
+    gather = Collective("all-gather", 1, size, (0, 1), True, "", beside=beside)
+    found = roofline(SLICE, [(0, 0), (0, 1)], work, [gather], {"flash_forward": 0.1})
+    assert (found.exposed, found.hidden) == (pytest.approx(0.6), pytest.approx(0.4))
+    assert found.expected == pytest.approx(0.6 + 0.6)
+    gather = dataclasses.replace(gather, beside=work)  # Now there is 0.6 s of it.
+    found = roofline(SLICE, [(0, 0), (0, 1)], work, [gather], {"flash_forward": 0.1})
+    assert found.exposed == pytest.approx(0.4)
 
 
 def test_permutes_of_both_ways_around_run_at_once() -> None:
