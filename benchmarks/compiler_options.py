@@ -39,7 +39,11 @@ _SCATTERS = _FUSE | {
     "xla_enable_async_reduce_scatter_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
 }
-_LAST_AXIS = OPTIONS["TPU v5 lite"]
+# Gradients of weights whose last axis is sharded are reduced and scattered at once, with half of the bytes.
+_LAST_AXIS = {
+    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
+    "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+}
 SETS: dict[str, dict[str, str]] = {
     "none": {},
     "scatter the last axis": _LAST_AXIS,

@@ -1,6 +1,6 @@
 """What the TPU compiler is told about a train step, by generation: how collectives run beside other work.
 
-docs/plan.md ("What the compiler does with collectives") has what each is worth. The options are those of
+docs/plan.md ("What the compiler is told") has what each is worth. The options are those of
 `LIBTPU_INIT_ARGS` that MaxText and axlearn publish for these generations; libtpu documents none of them.
 """
 
@@ -23,13 +23,8 @@ _ON_SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
     "xla_tpu_enable_sparse_core_reduce_scatter_v2": "true",
 }
-# Gradients of weights whose last axis is sharded are reduced and scattered at once, with half of the bytes.
-_SCATTER_LAST_AXIS = {
-    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
-    "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
-}
 # By the start of a device's `device_kind`.
-OPTIONS = {"TPU v6": _ON_SPARSE_CORES, "TPU v5 lite": _SCATTER_LAST_AXIS}
+OPTIONS = {"TPU v6": _ON_SPARSE_CORES}
 
 
 def compiler_options(device: jax.Device, extra: str = "") -> dict[str, str]:
