@@ -1,7 +1,9 @@
 """Block sizes per generation of TPU, by the cycles that `benchmarks/kernels.py tune` counts.
 
 Those of `decode` are what it chose on every generation. The others' are the best of sweeps by hand on v5e and
-v6e; of a few choices on v4, for the decoder; and by analogy elsewhere.
+v6e; of a few choices on v4, for the decoder; and by analogy elsewhere. Of `vit`, v5p's are v5e's, and where
+more heads are faster but compile for long (backward on v6e and v4) or slow other shapes down (forward on
+v6e), the table has fewer.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ class Choice:
     Attributes:
       causal: forward and backward blocks of the decoder without segments.
       packed: the same with segments: smaller blocks of keys skip more.
-      vit: heads per program and rows per tile of the vision tower, (forward, backward) each.
+      vit: heads per program of 640 tokens and rows per tile of the vision tower, (forward, backward) each.
       decode: rows of the cache per block.
       decode_int8: the same of an int8 cache.
     """
@@ -32,7 +34,7 @@ CHOICES: dict[str, Choice] = {
     "v4": Choice(
         causal=(Blocks(1024, 512, 256, 2), Blocks(512, 512, 256, 2)),
         packed=(Blocks(512, 256, 256, 2), Blocks(512, 256, 256, 2)),
-        vit=(4, 2, 320, 640),
+        vit=(4, 2, 320, 384),
         decode=2048,
         decode_int8=16384,
     ),
@@ -53,7 +55,7 @@ CHOICES: dict[str, Choice] = {
     "v6e": Choice(
         causal=(Blocks(1024, 1024, 256, 2), Blocks(1024, 512, 256, 2)),
         packed=(Blocks(512, 256, 256, 4), Blocks(512, 256, 256, 4)),
-        vit=(4, 4, 640, 640),
+        vit=(4, 4, 640, 384),
         decode=8192,
         decode_int8=16384,
     ),

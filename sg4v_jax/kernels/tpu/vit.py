@@ -24,7 +24,7 @@ matrix products with a softmax between them (five products with what lies betwee
 * The backward pass keeps scores transposed, [keys, queries], as the decoder's does.
 
 A program takes as many heads as fill whole registers (16 of 72); where that is too much for the memory
-(v4), heads are padded to 128 lanes outside.
+(v4), heads are padded to 128 lanes outside. Programs on fewer tokens take more heads.
 """
 
 import dataclasses
