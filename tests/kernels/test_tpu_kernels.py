@@ -157,7 +157,7 @@ def test_vision(length, heads, monkeypatch):
 
 def test_vision_where_heads_must_be_padded():
     """A memory too small for the sixteen heads of 72 that fill whole registers."""
-    small = vit.Settings(4, 2, 64, 128, machine(vmem=4 << 20))
+    small = vit.Settings(4, 2, 64, 128, machine(vmem=9 << 20))
     assert not vit.fits(small, (1, 130, 16, 72), 4) and vit.fits(small, (1, 130, 16, 128), 4)
     operands = arrays(2, *[(1, 130, 16, 72)] * 3)
     found = vit.attention(*operands, small)

@@ -24,7 +24,7 @@ matrix products with a softmax between them (five products with what lies betwee
 * The backward pass keeps scores transposed, [keys, queries], as the decoder's does.
 
 A program takes as many heads as fill whole registers (16 of 72); where that is too much for the memory
-(v4), heads are padded to 128 lanes outside.
+(v4), heads are padded to 128 lanes outside. Programs on fewer tokens take more heads.
 """
 
 import dataclasses
@@ -43,13 +43,17 @@ from sg4v_jax.kernels.tpu.tiles import LANES, LOG2_E, as_row, dot, exp2, in_pipe
 # Tokens from which on moving heads pays.
 MOVES_FROM = 384
 
+# Tokens for which the table of blocks counts heads. Programs on fewer take more heads, to as many rows in
+# all (memory); code for more has fewer in a stretch, to as many scores in all (the compiler's time).
+TABLE_TOKENS = 640
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the kernels need to know besides their operands.
 
     Attributes:
-      heads: heads per program, at most, of the forward pass.
+      heads: heads of 640 tokens per program, at most, of the forward pass.
       heads_backward: the same of the backward pass.
       rows: queries per tile of the forward pass, a multiple of 16.
       rows_backward: the same of the backward pass, a multiple of 128.
@@ -65,7 +69,7 @@ class Settings:
     head_dim: int | None = None
 
     def layout(self, query: Array, heads: int, limit: int) -> "Layout":
-        """The heads of a program, at most `limit` if they fill whole registers."""
+        """The heads of a program, at most `limit` of 640 tokens if they fill whole registers."""
         layout = Layout.of(query, heads, limit)
         # Where the matrix unit is no wider than a register, a head in two doubles each product. Moving it
         # into one takes shifts, which only many rows hide.
@@ -92,21 +96,25 @@ class Layout:
       heads: heads per program.
       head_dim: lanes per head.
       length: tokens.
+      stretch: heads in one stretch of straight-line code.
       moves: whether heads that lie in two registers are moved into one.
     """
 
     heads: int
     head_dim: int
     length: int
+    stretch: int
     moves: bool = False
 
     @classmethod
     def of(cls, query: Array | jax.ShapeDtypeStruct, heads: int, limit: int) -> "Layout":
-        """As many heads as `limit` allows in a whole number of 128 lanes, or all heads."""
-        head_dim = query.shape[2] // heads
+        """As many heads as `limit` of 640 tokens amount to in a whole number of 128 lanes, or the fewest."""
+        length, head_dim = query.shape[1], query.shape[2] // heads
+        stretch = max(1, limit * TABLE_TOKENS**2 // max(length, TABLE_TOKENS) ** 2)
         fits = [n for n in range(1, heads) if heads % n == 0 and n * head_dim % LANES == 0]
         fits.append(heads)
-        return cls(max((n for n in fits if n <= limit), default=fits[0]), head_dim, query.shape[1])
+        most = max((n for n in fits if n * length <= limit * TABLE_TOKENS), default=fits[0])
+        return cls(most, head_dim, length, stretch)
 
     @property
     def width(self) -> int:
@@ -234,19 +242,21 @@ def _backward(settings: Settings, heads: int, residuals: Any, d_out: Array) -> t
 _attention.defvjp(_forward, _backward)
 
 
-def _run(layout: Layout, limit: int, rows: int, begin: Any, finish: Any) -> None:
-    """Works on all heads' tiles, at most `limit` heads in one stretch of straight-line code.
+def _run(layout: Layout, rows: int, begin: Any, finish: Any) -> None:
+    """Works on all heads' tiles, of `rows` queries or fewer, if that makes them more alike.
 
-    The compiler's time grows faster than the code; where more heads than that must be in a program, each
+    The compiler's time grows faster than the code; where a program has more heads than a stretch, each
     stretch is in a branch of its own, which is always taken.
     """
-    for first in range(0, layout.heads, limit):
+    even = pl.cdiv(layout.length, pl.cdiv(layout.length, rows))
+    rows = min(rows, pl.cdiv(even, LANES) * LANES)
+    for first in range(0, layout.heads, layout.stretch):
         tiles = [
             Tile(head, row, min(rows, layout.length - row))
-            for head in range(first, min(first + limit, layout.heads))
+            for head in range(first, min(first + layout.stretch, layout.heads))
             for row in range(0, layout.length, rows)
         ]
-        if layout.heads <= limit:
+        if layout.heads <= layout.stretch:
             in_pipeline(tiles, begin, finish)
         else:
             pl.when(pl.program_id(0) >= 0)(functools.partial(in_pipeline, tiles, begin, finish))
@@ -294,7 +304,7 @@ def _vit_forward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any)
         _put(layout, out, tile, attended * lanes(jnp.exp2(-log_total), attended.shape[1]))
         lse[tile.head : tile.head + 1, tile.row : tile.row + tile.rows] = as_row(top + log_total)
 
-    _run(layout, settings.heads, settings.rows, scores, finish)
+    _run(layout, settings.rows, scores, finish)
 
 
 def _sum(weights: Array) -> Array:
@@ -331,4 +341,4 @@ def _vit_backward(settings: Settings, layout: Layout, exp_dtype: Any, *refs: Any
             _put(layout, d_key, whole, sums[0] * scale)
             _put(layout, d_value, whole, sums[1])
 
-    _run(layout, settings.heads_backward, settings.rows_backward, products, finish)
+    _run(layout, settings.rows_backward, products, finish)
