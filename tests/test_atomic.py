@@ -2,21 +2,11 @@
 
 import os
 import pathlib
-import resource
-from collections.abc import Iterator
 
 import pytest
 
 from sg4v_jax import atomic
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Writes beyond 1000 bytes of a file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from tests.disk import small_files
 
 
 def test_text_and_bytes(tmp_path: pathlib.Path) -> None:
@@ -29,9 +19,9 @@ def test_text_and_bytes(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_a_full_disk(tmp_path: pathlib.Path, small_files: None) -> None:
+def test_a_full_disk(tmp_path: pathlib.Path) -> None:
     atomic.write(tmp_path / "file", "{}")
-    with pytest.raises(OSError, match=r"File too large: .*/file'"):
+    with small_files(1000), pytest.raises(OSError, match=r"File too large: .*/file'"):
         atomic.write(tmp_path / "file", b"x" * 2000)
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "{}"

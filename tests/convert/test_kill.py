@@ -5,11 +5,9 @@ import multiprocessing
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from sg4v_jax.convert.compare import compare
 from sg4v_jax.convert.load import as_checkpoint, convert, open_checkpoint
 from sg4v_jax.convert.params import param_shapes
 from sg4v_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from tests.disk import small_files
 
 TARGETS = ("hf", "share4v", "run")
 # About 200 MB, in many tensors.
@@ -166,26 +165,16 @@ def test_no_room(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """A write beyond the first mebibyte of a file fails, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 # Orbax leaves a task behind that finds its loop closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("target", TARGETS)
 def test_disk_full_in_the_middle(
     target: str,
     argv: list[str],
-    small_files: None,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
+    with small_files(1 << 20), pytest.raises(SystemExit) as caught:
         main([*argv, f"--to={target}"])
     assert caught.value.code == 2
     error = capsys.readouterr().err

@@ -3,27 +3,14 @@
 Failed saves are in test_survival.py, the files of a run are written by sg4v_jax.atomic.
 """
 
-import contextlib
 import json
 import pathlib
-import resource
 import warnings
-from collections.abc import Iterator
 
 import pytest
 
 from sg4v_jax.train import goodput, metrics, writers
-
-
-@contextlib.contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """Writes beyond `limit` bytes of a file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from tests.disk import small_files
 
 
 def test_metrics_outlast_a_full_disk(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:

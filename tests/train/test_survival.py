@@ -27,8 +27,8 @@ from sg4v_jax.train import checkpoint, first_batch, goodput, loop, profiler
 from sg4v_jax.train.checkpoint import Checkpointer
 from sg4v_jax.train.nonfinite import NonFinite, load_batch
 from tests.conftest import TinyWorld
+from tests.disk import small_files
 from tests.train import faults
-from tests.train.test_full_disk import small_files
 from tests.train.test_resume import REPOSITORY, logged
 
 PARAMS = {"a": {"w": np.arange(6000, dtype=np.float32)}, "b": np.arange(5.0)}
