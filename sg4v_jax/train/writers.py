@@ -26,7 +26,7 @@ class TensorBoard:
 
     def __init__(self, workdir: pathlib.Path, first_step: int):
         module = _module("tensorboardX", "config.metrics.tensorboard", "tensorboard")
-        self._directory = workdir / TENSORBOARD
+        self._directory, self._step = workdir / TENSORBOARD, first_step
         # What an earlier process wrote of steps that are now repeated is not shown. Of the queue: its thread
         # dies of the first write that fails, and whoever puts into one that is full then waits for ever.
         self._writer = module.SummaryWriter(
@@ -35,25 +35,30 @@ class TensorBoard:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the numbers of one step; after a failure none, until the run is started again."""
-        if self._writer is None:
-            return
+        self._step = step
+        if self._writer is not None:
+            with self._survived():
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+                self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the file, which may show only now that it could not be written."""
+        if self._writer is not None:
+            with self._survived():
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _survived(self) -> Iterator[None]:
         try:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+            yield
         except OSError as error:
             log.error(
                 "%s can't be written (%s): make room there. TensorBoard gets nothing from step %d on, until "
                 "the run is started again; %s has it all",
-                *(self._directory, error.strerror, step, metrics.FILE_NAME),
+                *(self._directory, error.strerror, self._step, metrics.FILE_NAME),
             )
             self._writer = None
-
-    def close(self) -> None:
-        """Ends the file."""
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
 
 
 class WeightsAndBiases:
