@@ -67,9 +67,10 @@ def test_compiles(generation):
     query, key = heads(1, 1024, 8, 128), heads(1, 1024, 2, 128)
     text = compiled(generation, one, decoder, query, key, key, ((1, 1024), ("batch", "length"), jnp.int32))
     assert "flash_forward" in text and "flash_backward" in text
-    # The longest rows that the kernel is counted on, in lanes that two heads of 64 would share.
-    text = compiled(generation, one, gradient(causal=False), *[heads(1, 1025, 1, 128)] * 3)
-    assert "vit_forward" in text and "vit_backward" in text
+    # CLIP's heads, which share lanes, and the longest rows that the kernel is counted on.
+    for operand in (heads(2, 577, 4, 64), heads(1, 1025, 1, 128)):
+        text = compiled(generation, one, gradient(causal=False), *[operand] * 3)
+        assert "vit_forward" in text and "vit_backward" in text
     new = (4, 32, 128), ("batch", "heads", "head_dim"), jnp.bfloat16
     lengths = (4,), ("batch",), jnp.int32
     for dtype in (jnp.bfloat16, jnp.int8):
