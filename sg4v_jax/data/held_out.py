@@ -1,6 +1,5 @@
 """Held-out records as batches: each once, and the same rows however many processes read them."""
 
-import concurrent.futures
 import contextlib
 import logging
 import operator
@@ -32,24 +31,27 @@ class HeldOut:
         tokenizer: the text tokenizer.
         num_records: the first of them in the order of `config.seed`; 0 for all.
         shard: (index, count) of the readers that share each batch (see `parallel.mesh.row_shard`).
+
+        Raises:
+          ValueError: no record can be used.
         """
         self._config, self._shard = config, shard
         self._reader = Reader(config.sources, config.form, tokenizer, config.seed)
         # All records stand in the first epoch once.
         positions = range(min(num_records or self._reader.num_records, self._reader.num_records))
-        with concurrent.futures.ThreadPoolExecutor(max(1, config.num_threads)) as pool:
-            sizes = list(pool.map(self._reader.size, positions))
+        sizes = self._reader.sizes(positions, config.num_threads)
         samples = [(position, size) for position, size in zip(positions, sizes, strict=True) if size]
         self.num_records = len(samples)
         if self.num_records < len(positions):
             bad = next(position for position, size in zip(positions, sizes, strict=True) if not size)
+            error = self._reader(bad)["error"]
+            if not samples:
+                raise ValueError(f"no record of {', '.join(config.sources)} can be used: {error}")
             log.warning(
                 "leaving out %d of %d held-out records: %s",
-                *(len(positions) - self.num_records, len(positions), self._reader(bad)["error"]),
+                *(len(positions) - self.num_records, len(positions), error),
             )
-        window = config.packing_window if config.packing else 1
-        budgets = {"length": config.form.length, "image_slots": config.form.image_slots}
-        rows = packing.pack(samples, operator.itemgetter(1), window=window, **budgets)
+        rows = packing.pack(samples, operator.itemgetter(1), window=config.window, **config.budgets)
         # This process's part of each batch.
         self._rows: list[list[int]] = []
         all_rows, (index, count) = [[position for position, _ in row] for row in rows], shard

@@ -61,6 +61,16 @@ class LoaderConfig:
     worker_timeout: float = 600.0
     replacement: Replacement | None = None
 
+    @property
+    def window(self) -> int:
+        """Samples that wait for a row at a time: one, where each has a row of its own."""
+        return self.packing_window if self.packing else 1
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """What a row has room for, as `packing` takes it."""
+        return {"length": self.form.length, "image_slots": self.form.image_slots}
+
 
 class Loader:
     """An endless, resumable stream of batches for this process.
@@ -106,11 +116,10 @@ class Loader:
         if not config.packing:
             return math.ceil(epoch / config.batch_size)
         positions = range(max(probe, 8 * config.packing_window))
-        with concurrent.futures.ThreadPoolExecutor(max(1, config.num_threads)) as pool:
-            found = list(pool.map(self._reader.size, positions))
+        found = self._reader.sizes(positions, config.num_threads)
         sizes = [size for size in found if size is not None]
         rows = placed = 0
-        for row in packing.pack(sizes, _same, window=config.packing_window, **_budgets(config)):
+        for row in packing.pack(sizes, _same, window=config.packing_window, **config.budgets):
             if rows and placed + config.packing_window > len(sizes):
                 break  # From here on the window drains; a long run hardly sees that.
             rows, placed = rows + 1, placed + len(row)
@@ -179,7 +188,7 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__()
         self._config, self._reader, self._shard = config, reader, shard
         self._rows, self._sources = config.batch_size // shard[1], sorted(config.sources)
-        self._budgets, self._window = _budgets(config), config.packing_window if config.packing else 1
+        self._budgets, self._window = config.budgets, config.window
         self._elements: Elements | None = None
         self._waiting: list[Element] = []
         self._dropped_in_a_row = 0
@@ -348,10 +357,6 @@ def dropped(counts: Counts) -> int:
 def _first_state(reader: Reader, shard: tuple[int, int]) -> dict[str, Any]:
     order = {"order": reader.mixture.fingerprint, "shard": list(shard), "leftover": [], "start": 0}
     return order | {"read": 0, "pending": [], "counts": {}}
-
-
-def _budgets(config: LoaderConfig) -> dict[str, int]:
-    return {"length": config.form.length, "image_slots": config.form.image_slots}
 
 
 def _same(size: tuple[int, int]) -> tuple[int, int]:

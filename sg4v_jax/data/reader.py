@@ -1,8 +1,9 @@
 """From a position of the mixture to a sample: what threads and worker processes do. Free of JAX."""
 
+import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sg4v_jax.data import build
@@ -78,6 +79,11 @@ class Reader:
         except RecordError:
             return None
         return len(encoded.tokens), encoded.images
+
+    def sizes(self, positions: Sequence[int], num_threads: int) -> list[tuple[int, int] | None]:
+        """`size` of each position, by threads."""
+        with concurrent.futures.ThreadPoolExecutor(max(1, num_threads)) as pool:
+            return list(pool.map(self.size, positions))
 
     def describe(self, position: int) -> dict[str, Any]:
         """Which record a position holds: `source`, `record` (index in it), `id`, `replaced`."""

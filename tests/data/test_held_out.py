@@ -74,6 +74,9 @@ def test_what_can_t_be_used_is_left_out_and_told(
     assert fitting.num_records == short
     assert f"leaving out {len(lengths) - short} of {len(lengths)} held-out records: " in caplog.text
 
+    with pytest.raises(ValueError, match="no record of mix can be used: "):
+        held_out(tiny_world, form=dataclasses.replace(form, max_tokens=1))
+
     def refuse(*_: Any, **__: Any) -> None:
         raise ImageError("a torn picture")
 
